@@ -1,0 +1,1 @@
+"""Triton kernels for language models: tensors in, tensors out, nothing of bigtrain imported."""
