@@ -313,6 +313,8 @@ def problems(c: Config) -> list[str]:
         found.append(f"optim.warmup_steps: {o.warmup_steps} is more than train.steps {t.steps}")
     if o.decay_steps is not None and o.schedule != "wsd":
         found.append('optim.decay_steps: only for schedule = "wsd"')
+    if o.kind == "sgd" and o.lr is None:
+        found.append("optim.lr: required for sgd; the default rule was fitted for adamw (try --lr-find)")
     if c.layout.offload != "none" and c.layout.engine == "reference":
         found.append('layout.offload: needs engine = "zero"')
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -13,7 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from bigtrain.config import Config, problems
+from bigtrain.config import Config, ModelConfig, model_problems, problems
 from bigtrain.errors import UserError
 
 
@@ -32,13 +33,12 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.suffix in ("", ".toml") and path.parent == Path("."):
-        found = shipped(f"configs/{path.stem if path.suffix == '.toml' else path.name}.toml")
-        if found:
-            return found
+    known = name.removesuffix(".toml")
+    if path.parent == Path(".") and (found := shipped(f"configs/{known}.toml")):
+        return found
     folder = shipped("configs")
     names = sorted(p.stem for p in folder.glob("*.toml")) if folder else []
-    close = difflib.get_close_matches(path.stem, names, n=1)
+    close = difflib.get_close_matches(known, names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"give a TOML file, or one of: {', '.join(names)}"
     raise UserError(f"no config file {name!r}", do=hint)
 
@@ -82,14 +82,17 @@ def build(
 
     try:
         config = Config.model_validate(merged)
+        found += [f"{locate(p.split(':')[0])}: {p}" for p in problems(config)]
+        if not found:
+            return config
     except ValidationError as e:
         for error in e.errors():
             key = ".".join(str(part) for part in error["loc"])
             found.append(f"{locate(key)}: {_explain(key, error)}")
-    else:
-        found += [f"{locate(p.split(':')[0])}: {p}" for p in problems(config)]
-        if not found:
-            return config
+        # A sound [model] is checked for itself, so that its arithmetic is reported in the same go.
+        with contextlib.suppress(ValidationError):
+            model = ModelConfig.model_validate(merged.get("model"))
+            found += [f"{locate(p.split(':')[0])}: {p}" for p in model_problems(model)]
     word = "problem" if len(found) == 1 else "problems"
     raise UserError(f"{len(found)} {word} in the configuration\n  " + "\n  ".join(found))
 

@@ -183,5 +183,7 @@ def _first_host(place: Place) -> str:
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if place.launcher != "slurm" or not nodes:
         return "127.0.0.1"
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
+    )
     return listed.stdout.split()[0] if listed.stdout.split() else "127.0.0.1"

@@ -1,0 +1,257 @@
+"""The verbs. Heavy imports happen inside the verb that needs them, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from bigtrain import __version__
+from bigtrain.errors import BigtrainError, UserError
+
+_EPILOG = """\
+the usual way through:
+  bigtrain prepare my_texts/ --out data/mine --vocab-size 8000
+  bigtrain train quickstart --run runs/mine --set data.path=data/mine
+  bigtrain train quickstart --run runs/mine --set data.path=data/mine      (the same command resumes)
+  bigtrain evaluate runs/mine
+  bigtrain generate runs/mine --prompt "Once upon a time"
+
+on several processes:  torchrun --nproc-per-node 2 -m bigtrain train CONFIG
+every verb explains itself:  bigtrain train --help
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="bigtrain",
+        description="Train large language models: raw text and a cluster in, a trained transformer out.",
+        epilog=_EPILOG,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"bigtrain {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (_add_prepare, _add_train, _add_generate, _add_evaluate, _add_inspect, _add_quickstart):
+        add(verbs, raw)
+    return parser
+
+
+def _add_prepare(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+    p = verbs.add_parser(
+        "prepare",
+        help="raw text -> tokenizer and token shards",
+        formatter_class=raw,
+        description="Read text, train a SentencePiece tokenizer (or take one), write token shards.",
+        epilog="""\
+inputs: .txt .md, source files, .jsonl .parquet (one document a row), each also .gz or .zst; folders are
+searched recursively; quote globs ("corpus/**/*.jsonl.gz"). Any language in UTF-8.
+The result is one folder: tokenizer.model, train-*.bin/.idx, validation-*.bin/.idx, dataset.json.
+The shards are in Megatron's format. Everything that was skipped is counted and reported.
+
+examples:
+  bigtrain prepare books/ --out data/books --vocab-size 16000
+  bigtrain prepare "dump/*.jsonl.zst" --out data/dump --tokenizer data/books/tokenizer.model""",
+    )
+    p.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--tokenizer", help="use this SentencePiece .model instead of training one")
+    p.add_argument("--tokenizer-kind", choices=["unigram", "bpe"], default="unigram")
+    p.add_argument("--vocab-size", type=int, default=8000, help="pieces to train (default 8000)")
+    p.add_argument("--no-byte-fallback", action="store_true", help="map unknown characters to <unk>")
+    p.add_argument("--tokenizer-sample-mb", type=float, default=50.0, help="text to train the tokenizer on")
+    p.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
+    p.add_argument("--text-key", default="text", help="field with the text in .jsonl and .parquet")
+    p.add_argument("--bad-utf8", choices=["replace", "skip", "fail"], default="replace")
+    p.add_argument("--max-bad", type=float, default=0.1, help="give up above this share of malformed lines")
+    p.add_argument("--seed", type=int, default=1, help="decides the order of the documents")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --out")
+    p.set_defaults(run_verb=_prepare)
+
+
+def _config_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("config", metavar="CONFIG", help="a TOML file, or a shipped config by name (quickstart)")
+    p.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one key: --set optim.lr=1e-3 (repeatable)",
+    )
+
+
+def _add_train(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+    p = verbs.add_parser(
+        "train",
+        help="train a model; the same command resumes",
+        formatter_class=raw,
+        description="Train the model that a config describes. If the run directory holds checkpoints, go on.",
+        epilog="""\
+examples:
+  bigtrain train quickstart --dry                       what would be run, with everything derived
+  bigtrain train quickstart --set train.steps=50
+  bigtrain train lstm --lr-find                         which learning rate? draws the curve
+  torchrun --nproc-per-node 4 -m bigtrain train llama-300m --set layout.zero=2
+
+RUN/ then holds config.toml, provenance.json, metrics.jsonl, checkpoints/, logs/, tensorboard/, outcome.json.
+Ctrl-C or TERM saves and stops; a second one leaves at once.""",
+    )
+    _config_arguments(p)
+    p.add_argument("--run", help="run directory (default runs/NAME)")
+    p.add_argument(
+        "--fresh", action="store_true", help="start over; a former run is moved aside, not deleted"
+    )
+    p.add_argument("--dry", action="store_true", help="print the resolved config and what follows from it")
+    p.add_argument("--lr-find", action="store_true", help="learning-rate range test: rise until it diverges")
+    p.set_defaults(run_verb=_train)
+
+
+def _add_generate(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+    p = verbs.add_parser(
+        "generate",
+        help="let a trained model write",
+        formatter_class=raw,
+        description="Continue prompts with a trained model (KV cache, any number of prompts at once).",
+        epilog="""\
+examples:
+  bigtrain generate runs/quickstart --prompt "def main():"
+  bigtrain generate runs/quickstart --samples 3 --temperature 0.8 --top-p 0.95
+  bigtrain generate runs/quickstart/checkpoints/step_00000500 --prompt "import" --temperature 0""",
+    )
+    p.add_argument("model", metavar="RUN", help="run directory, or one checkpoint in it")
+    p.add_argument("--prompt", action="append", default=[], help="text to continue (repeatable)")
+    p.add_argument("--prompt-file", help="a file with one prompt (- for standard input)")
+    p.add_argument("--samples", type=int, default=1, help="continuations for each prompt")
+    p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    p.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest (0: all)")
+    p.add_argument("--top-p", type=float, default=0.95, help="sample among the likeliest that sum to p")
+    p.add_argument("--stop", action="append", default=[], help="end before this text (repeatable)")
+    p.add_argument("--seed", type=int, default=1)
+    p.set_defaults(run_verb=_generate)
+
+
+def _add_evaluate(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+    p = verbs.add_parser(
+        "evaluate",
+        help="held-out loss, perplexity, bits per byte",
+        formatter_class=raw,
+        description="Evaluate a trained model on its held-out split, or on a prepared dataset's.",
+        epilog="example:\n  bigtrain evaluate runs/quickstart --sequences 500",
+    )
+    p.add_argument("model", metavar="RUN", help="run directory, or one checkpoint in it")
+    p.add_argument("--data", help="dataset folder (default: the run's own)")
+    p.add_argument("--split", choices=["validation", "train"], default="validation")
+    p.add_argument("--sequences", type=int, default=0, help="sequences to read (default: all)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run_verb=_evaluate)
+
+
+def _add_inspect(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+    p = verbs.add_parser(
+        "inspect",
+        help="explain a run, a checkpoint, a dataset, a shard or a config",
+        formatter_class=raw,
+        description="Say what a path is and what is in it: parameters, FLOPs, tokens, disk, health.",
+        epilog="""\
+examples:
+  bigtrain inspect llama-8b                    a config: parameters, FLOPs a token, memory of the states
+  bigtrain inspect data/books                  a dataset; data/books/train-00000.bin: one shard
+  bigtrain inspect runs/quickstart             a run: where it stands, checkpoints, last metrics
+  bigtrain inspect runs/quickstart --verify    also read every byte and compare checksums""",
+    )
+    p.add_argument("path", metavar="PATH", help="run, checkpoint, dataset, shard, tokenizer or config")
+    p.add_argument("--verify", action="store_true", help="compare all checksums")
+    p.set_defaults(run_verb=_inspect)
+
+
+def _add_quickstart(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+    p = verbs.add_parser(
+        "quickstart",
+        help="the whole way on this Python's own source text, in a few minutes",
+        formatter_class=raw,
+        description="Tokenizer, shards, training, samples before and after, loss curve: on the source and\n"
+        "documentation text of the Python installation that runs this. No download.",
+    )
+    p.add_argument("--out", default="runs/quickstart", help="run directory (default runs/quickstart)")
+    p.add_argument("--data", default="data/quickstart", help="dataset folder (default data/quickstart)")
+    p.add_argument("--minutes", type=float, default=3.0, help="about how long to train (default 3)")
+    p.set_defaults(run_verb=_quickstart)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from bigtrain.preparing import prepare_command
+
+    return prepare_command(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from bigtrain.configfile import find_config, load
+
+    config = load(find_config(args.config), args.overrides)
+    if args.dry:
+        from bigtrain.explain import explain_config
+
+        print(explain_config(config, full=True))
+        return 0
+    if args.lr_find:
+        from bigtrain.lr_find import lr_find
+
+        return lr_find(config, args.run or f"runs/{config.name}")
+    from bigtrain.train import train
+
+    return train(config, args.run or f"runs/{config.name}", fresh=args.fresh)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from bigtrain.generating import generate_command
+
+    return generate_command(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from bigtrain.evaluate import evaluate_command
+
+    return evaluate_command(args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from bigtrain.explain import explain
+
+    print(explain(args.path, verify=args.verify))
+    return 0
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from bigtrain.quickstart import quickstart
+
+    return quickstart(run=args.out, data=args.data, minutes=args.minutes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 the run failed, 2 the user's input, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run_verb(args))
+    except BigtrainError as e:
+        if os.environ.get("BIGTRAIN_TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK")
+        prefix = f"[rank {rank}] " if rank not in (None, "0") else ""
+        word = "error" if isinstance(e, UserError) else "run failed"
+        print(f"{prefix}bigtrain {args.verb}: {word}: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `bigtrain inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def script() -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""`bigtrain evaluate`: held-out loss, perplexity and bits per byte of a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import torch
+
+from bigtrain.data.loader import Loader
+from bigtrain.data.shards import Corpus
+from bigtrain.errors import UserError
+from bigtrain.heldout import HeldOut, held_out
+from bigtrain.mesh import Mesh, Place
+from bigtrain.model.batch import Batch
+from bigtrain.pretrained import Pretrained, open_model
+
+
+def evaluate(trained: Pretrained, *, data: str, split: str, sequences: int = 0) -> HeldOut:
+    """Evaluate on the first `sequences` windows of a split (0: all).
+
+    Raises UserError when the dataset was made with another tokenizer or holds no full window.
+    """
+    config = trained.config
+    corpus = Corpus.open(data, split=split)
+    if corpus.tokenizer_sha256 != trained.tokenizer.sha256:
+        raise UserError(
+            "was made with another tokenizer than the model's, so its numbers mean other words",
+            where=str(data),
+            do="prepare it again with --tokenizer RUN/tokenizer.model",
+        )
+    loader = loader_of(config, corpus, trained.tokenizer.mask_id)
+    device = next(trained.model.parameters()).device
+
+    def eval_step(batch: Batch) -> float:
+        moved = batch.to(device)
+        with torch.inference_mode():
+            out = trained.model(
+                moved.tokens,
+                cu_seqlens=moved.cu_seqlens,
+                targets=moved.targets,
+                sample_ids=moved.sample_ids,
+            )
+        return float(out.nll)
+
+    windows = (corpus.num_tokens - 1) // config.data.sequence_length
+    batches = loader.validation_batches(min(sequences or windows, windows), config.train.microbatch)
+    mesh = Mesh(Place(0, 1, 0, 1, "single"), device, None)
+    return held_out(eval_step, batches, trained.tokenizer.token_bytes(), mesh)
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    trained = open_model(args.model)
+    for warning in trained.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    data = args.data or trained.config.data.path
+    result = evaluate(trained, data=data, split=args.split, sequences=args.sequences)
+    if args.json:
+        print(
+            json.dumps(
+                {"checkpoint": str(trained.checkpoint), "data": data, "split": args.split, **vars(result)}
+            )
+        )
+        return 0
+    print(f"checkpoint       {trained.checkpoint}")
+    print(f"text             {data}, {args.split}: {result.tokens:,} tokens, {result.bytes:,} bytes")
+    print(f"loss             {result.loss:.4f} nats a token")
+    print(f"perplexity       {result.perplexity:.2f}")
+    if trained.config.model.objective == "causal":
+        print(f"bits per byte    {result.bits_per_byte:.4f}")
+    return 0

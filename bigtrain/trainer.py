@@ -1,0 +1,119 @@
+"""The training loop: repeat forward, loss, backward, update; evaluate, save and stop at safe points.
+
+It knows an Engine, a Loader and a few callbacks; neither DeepSpeed nor a backend by name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bigtrain.budget import BatchSchedule, Progress
+from bigtrain.config import Config
+from bigtrain.engine.protocol import Engine, StepResult
+from bigtrain.errors import RunError
+from bigtrain.heldout import HeldOut, held_out
+from bigtrain.mesh import Mesh
+from bigtrain.model.batch import Batch
+from bigtrain.signals import StopFlag
+
+
+class Observer(Protocol):
+    """What the loop tells the outside; all of it on every rank, in the same order."""
+
+    def on_step(self, progress: Progress, result: StepResult, lr: float, seconds: float) -> None:
+        """A step is done; `progress` counts it."""
+
+    def on_eval(self, progress: Progress, result: HeldOut) -> None:
+        """A held-out evaluation is done."""
+
+    def on_save(self, progress: Progress) -> None:
+        """Now is the moment to save."""
+
+
+@dataclass
+class Trainer:
+    """One run from `progress` to `total_steps`."""
+
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    observer: Observer
+    schedule: BatchSchedule
+    learning_rate: Callable[[int], float]
+    """Step number (from 0) to learning rate."""
+    total_steps: int
+    progress: Progress
+    held_out_batches: Sequence[Batch]
+    token_bytes: object
+    stop: StopFlag
+    _skipped: int = 0
+    _saved_at: float = field(default_factory=time.monotonic)
+    _saved_step: int = -1
+
+    def run(self, steps: Iterator[list[Batch]]) -> str:
+        """Train on `steps` (this rank's microbatches of every step left). Returns "done" or "preempted".
+
+        Raises RunError after `train.max_skipped` steps in a row that were not finite.
+        """
+        self._saved_step = self.progress.step
+        while self.progress.step < self.total_steps:
+            started = time.perf_counter()
+            microbatches = next(steps)
+            counted, stop, overdue = self.mesh.sum(
+                [sum(b.counted() for b in microbatches), bool(self.stop), self._overdue()]
+            )
+            if stop:
+                self._save()
+                return "preempted"
+            if overdue:
+                self._save()
+            self._step(microbatches, int(counted), started)
+            every = self.config.checkpoint.every_steps
+            if every and self.progress.step % every == 0:
+                self._save()
+            if self.config.train.eval_every and self.progress.step % self.config.train.eval_every == 0:
+                self._evaluate()
+        every = self.config.train.eval_every
+        if not every or self.progress.step % every:
+            self._evaluate()
+        self._save()
+        return "done"
+
+    def _step(self, microbatches: list[Batch], counted: int, started: float) -> None:
+        before = self.progress
+        lr = self.learning_rate(before.step)
+        result = self.engine.train_step(microbatches, counted, lr)
+        sequences = self.schedule.size(before.step)
+        self.progress = Progress(
+            step=before.step + 1,
+            samples=before.samples + sequences,
+            tokens=before.tokens + sequences * self.config.data.sequence_length,
+        )
+        self.observer.on_step(self.progress, result, lr, time.perf_counter() - started)
+        self._skipped = self._skipped + 1 if result.skipped else 0
+        if self._skipped >= self.config.train.max_skipped:
+            raise RunError(
+                f"{self._skipped} steps in a row had a loss or gradient that is not finite; none changed the "
+                f"weights. The last step read samples {before.samples} to {self.progress.samples - 1}",
+                where=f"step {self.progress.step}",
+                do="lower optim.lr or lengthen optim.warmup_steps, then resume from the newest checkpoint "
+                "with the same command",
+            )
+
+    def _overdue(self) -> bool:
+        """Whether the clock of rank 0 asks for a save (one clock decides, else ranks could disagree)."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.mesh.first and minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _save(self) -> None:
+        if self._saved_step != self.progress.step:
+            self.observer.on_save(self.progress)
+        self._saved_step, self._saved_at = self.progress.step, time.monotonic()
+
+    def _evaluate(self) -> None:
+        if self.held_out_batches:
+            result = held_out(self.engine.eval_step, self.held_out_batches, self.token_bytes, self.mesh)
+            self.observer.on_eval(self.progress, result)

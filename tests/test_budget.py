@@ -1,0 +1,73 @@
+"""Batch sizes and sample numbers are pure functions of the step and the same for every layout."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bigtrain.budget import BatchSchedule, Progress, check_layout, rank_samples
+from bigtrain.errors import UserError
+from tests.test_config import small
+
+
+def test_units_sequences_and_tokens_agree() -> None:
+    by_tokens = small(train={"global_batch": None, "global_batch_tokens": 128})
+    assert BatchSchedule.of(by_tokens) == BatchSchedule.of(small()) == BatchSchedule(8, 8, 0)
+
+
+@given(unit=st.integers(1, 4), start=st.integers(1, 5), more=st.integers(0, 6), ramp=st.integers(1, 20))
+def test_ramp_rises_in_whole_units_from_start_to_full(unit: int, start: int, more: int, ramp: int) -> None:
+    schedule = BatchSchedule(full=unit * (start + more), start=unit * start, ramp_steps=ramp)
+    sizes = [schedule.size(s) for s in range(ramp + 3)]
+    assert sizes[0] == schedule.start
+    assert sizes[ramp:] == [schedule.full] * 3
+    assert sizes == sorted(sizes)
+    assert all(size % schedule.unit == 0 for size in sizes)
+
+
+def test_token_budget_counts_the_ramp() -> None:
+    config = small(
+        train={"steps": None, "tokens": 1000, "batch_ramp_from": 2, "batch_ramp_steps": 3, "microbatch": 2}
+    )
+    schedule = BatchSchedule.of(config)
+    total = schedule.total_steps(config, Progress())
+    consumed = [16 * sum(schedule.size(s) for s in range(n)) for n in (total - 1, total)]
+    assert consumed[0] < 1000 <= consumed[1]
+    half = 16 * sum(schedule.size(s) for s in range(2))
+    assert schedule.total_steps(config, Progress(step=2, samples=half // 16, tokens=half)) == total
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 4])
+def test_any_data_size_reads_the_same_global_batches(data_size: int) -> None:
+    schedule = BatchSchedule(full=16, start=8, ramp_steps=4)
+    ranks = [
+        list(rank_samples(schedule, Progress(), 7, microbatch=2, data_rank=r, data_size=data_size))
+        for r in range(data_size)
+    ]
+    first = 0
+    for step in range(7):
+        samples = sorted(s for rank in ranks for micro in rank[step] for s in micro)
+        assert samples == list(range(first, first + schedule.size(step)))
+        first += schedule.size(step)
+    resumed = list(
+        rank_samples(
+            schedule,
+            Progress(step=3, samples=sum(schedule.size(s) for s in range(3))),
+            7,
+            microbatch=2,
+            data_rank=0,
+            data_size=data_size,
+        )
+    )
+    assert resumed == ranks[0][3:]
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_fits() -> None:
+    check_layout(BatchSchedule(8, 8, 0), 2, 4)
+    with pytest.raises(UserError, match="microbatch = 2 fits"):
+        check_layout(BatchSchedule(8, 8, 0), 3, 4)
+    with pytest.raises(UserError, match="multiple of 3"):
+        check_layout(BatchSchedule(8, 8, 0), 1, 3)
+    with pytest.raises(UserError, match="rising from 6"):
+        check_layout(BatchSchedule(8, 6, 10), 4, 1)
