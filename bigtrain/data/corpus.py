@@ -1,0 +1,216 @@
+"""Read tokens from a prepared corpus, or from a plain Megatron one, as if they were one long array."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigtrain.data.manifest import NAME, TOKENIZER, Split, read_manifest
+from bigtrain.data.shards import BLOCK, read_index
+from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.errors import UserError
+
+_OPEN = 256
+"""Shards mapped at once: each holds a file descriptor, and 1024 is a usual limit."""
+_AGAIN = "copy the file again from its source, or prepare the corpus again"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One `.bin` of a corpus."""
+
+    path: Path
+    dtype: str
+    tokens: int
+
+
+class Corpus:
+    """The tokens of one split: `num_tokens` ids, read by position. Safe to read from several threads."""
+
+    def __init__(
+        self, parts: Sequence[_Part], tokenizer: Tokenizer, manifest_hash: str, *, text_bytes: int, where: str
+    ) -> None:
+        """Use `Corpus.open`."""
+        self.where = where
+        self.tokenizer_path = tokenizer.path
+        self.tokenizer_sha256 = tokenizer.sha256
+        self.vocab_size = tokenizer.vocab_size
+        self.bos_id = tokenizer.bos_id
+        self.eos_id = tokenizer.eos_id
+        self.manifest_hash = manifest_hash
+        self.text_bytes = text_bytes
+        """UTF-8 bytes of the text behind the tokens; 0 if unknown (plain Megatron corpus)."""
+        self._parts = parts
+        self._starts = np.cumsum([0, *(part.tokens for part in parts)])
+        self.num_tokens = int(self._starts[-1])
+        self._maps: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path, split: Split = "train", *, tokenizer: str | Path | None = None) -> Corpus:
+        """Open a folder written by `bigtrain prepare`, or PREFIX of a Megatron PREFIX.bin + PREFIX.idx.
+
+        A Megatron corpus has no splits and no tokenizer of its own: `tokenizer` names its .model file.
+        Checked before anything is read: sizes of all shards, dtype, largest id, the tokenizer's sha256.
+        UserError names the file that is missing, truncated or does not belong.
+        """
+        folder = Path(path)
+        prefix = folder.with_name(folder.name.removesuffix(".bin").removesuffix(".idx"))
+        if not folder.is_dir() and prefix.with_name(prefix.name + ".idx").exists():
+            return cls._open_megatron(prefix, split, tokenizer)
+        return cls._open_folder(folder, split)
+
+    @classmethod
+    def _open_folder(cls, folder: Path, split: Split) -> Corpus:
+        manifest = read_manifest(folder)
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+        if tokenizer.sha256 != manifest.tokenizer["sha256"]:
+            raise UserError(
+                f"is not the tokenizer that {folder / NAME} was made with "
+                f"(sha256 {tokenizer.sha256[:12]}..., expected {manifest.tokenizer['sha256'][:12]}...)",
+                where=str(tokenizer.path),
+                do="put the right tokenizer.model back, or prepare the corpus again with this one",
+            )
+        shards = manifest.splits.get(split, ())
+        for shard in shards:
+            file = folder / f"{shard.name}.bin"
+            _check_size(file, shard.bin_bytes)
+            if shard.max_id >= tokenizer.vocab_size or shard.bin_bytes != shard.tokens * _width(shard.dtype):
+                raise UserError(
+                    f"holds ids up to {shard.max_id} in {shard.dtype}, which does not fit its tokenizer of "
+                    f"{tokenizer.vocab_size} pieces",
+                    where=str(file),
+                    do=_AGAIN,
+                )
+        return cls(
+            [_Part(folder / f"{s.name}.bin", s.dtype, s.tokens) for s in shards],
+            tokenizer,
+            manifest.digest,
+            text_bytes=sum(s.text_bytes for s in shards),
+            where=f"{folder} ({split})",
+        )
+
+    @classmethod
+    def _open_megatron(cls, prefix: Path, split: Split, tokenizer: str | Path | None) -> Corpus:
+        if tokenizer is None:
+            raise UserError(
+                "a Megatron corpus does not say which tokenizer made it",
+                where=str(prefix),
+                do="give its SentencePiece .model file",
+            )
+        if split != "train":
+            raise UserError(
+                f"a Megatron corpus has no {split} split",
+                where=str(prefix),
+                do="name its prefix for train only",
+            )
+        index_file = prefix.with_name(prefix.name + ".idx")
+        index = read_index(index_file)
+        tokens = int(index.lengths.sum(dtype=np.int64))
+        file = prefix.with_name(prefix.name + ".bin")
+        _check_size(file, tokens * _width(index.dtype))
+        digest = hashlib.sha256(index_file.read_bytes()).hexdigest()
+        return cls(
+            [_Part(file, index.dtype, tokens)],
+            Tokenizer.load(tokenizer),
+            digest,
+            text_bytes=0,
+            where=str(prefix),
+        )
+
+    def read(self, start: int, count: int) -> np.ndarray[Any, Any]:
+        """Ids at positions start .. start + count - 1, int64 (count,), across shard borders.
+
+        UserError if an id is outside the vocabulary: the shard was altered after it was written.
+        """
+        assert 0 <= start <= start + count <= self.num_tokens, (start, count, self.num_tokens)
+        out = np.empty(count, np.int64)
+        done = 0
+        number = int(np.searchsorted(self._starts, start, "right")) - 1
+        while done < count:
+            offset = start + done - int(self._starts[number])
+            piece = self._map(number)[offset : offset + count - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+            number += 1
+        if count and (out.max() >= self.vocab_size or out.min() < 0):
+            bad = int(np.argmax((out >= self.vocab_size) | (out < 0)))
+            shard = int(np.searchsorted(self._starts, start + bad, "right")) - 1
+            raise UserError(
+                f"token id {out[bad]} is not in the vocabulary of {self.vocab_size}: the shard was altered, "
+                "or another tokenizer made it",
+                where=str(self._parts[shard].path),
+                do="run `bigtrain inspect --verify` on the corpus, or give the right tokenizer",
+            )
+        return out
+
+    def _map(self, number: int) -> np.ndarray[Any, Any]:
+        with self._lock:
+            if number in self._maps:
+                self._maps.move_to_end(number)
+                return self._maps[number]
+            part = self._parts[number]
+            empty = np.empty(0, part.dtype)
+            try:
+                mapped = np.memmap(part.path, np.dtype(part.dtype), "r") if part.tokens else empty
+            except OSError as error:
+                raise UserError("cannot open the shard", where=str(part.path), do=_AGAIN) from error
+            self._maps[number] = mapped
+            if len(self._maps) > _OPEN:
+                self._maps.popitem(last=False)
+            return mapped
+
+
+def _width(dtype: str) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def _check_size(file: Path, expected: int) -> None:
+    """UserError if a shard is missing or has another size than was written."""
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise UserError("the shard is missing", where=str(file), do=_AGAIN) from error
+    if size != expected:
+        state = "truncated" if size < expected else "longer than it was written"
+        raise UserError(f"has {size} bytes, expected {expected}: {state}", where=str(file), do=_AGAIN)
+
+
+def verify(path: str | Path) -> int:
+    """Read every shard of a prepared folder again and compare checksums; returns the bytes read.
+
+    UserError names the first altered file and the 64 MiB block in it.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    total = 0
+    for split, shards in manifest.splits.items():
+        Corpus.open(folder, split)  # type: ignore[arg-type]  # names come from the manifest
+        for shard in shards:
+            file = folder / f"{shard.name}.bin"
+            with open(file, "rb") as stream:
+                for block, crc in enumerate(shard.crc32):
+                    if zlib.crc32(stream.read(BLOCK)) != crc:
+                        first, last = block * BLOCK, min((block + 1) * BLOCK, shard.bin_bytes) - 1
+                        raise UserError(
+                            f"block {block} (bytes {first} to {last}) was altered: its checksum differs",
+                            where=str(file),
+                            do=_AGAIN,
+                        )
+            _verify_index(folder / f"{shard.name}.idx", shard.idx_bytes, shard.idx_crc32, shard.tokens)
+            total += shard.bin_bytes + shard.idx_bytes
+    return total
+
+
+def _verify_index(file: Path, size: int, crc: int, tokens: int) -> None:
+    _check_size(file, size)
+    if zlib.crc32(file.read_bytes()) != crc or int(read_index(file).lengths.sum(dtype=np.int64)) != tokens:
+        raise UserError("was altered: its checksum differs", where=str(file), do=_AGAIN)
