@@ -1,0 +1,155 @@
+"""Who sees whom, and the attention of one layer.
+
+Shapes: B batch, S sequence, T = B x S packed tokens, L keys (S, or what a cache holds), H query heads, K
+key/value heads, D head dim, C model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bigtrain.config import ModelConfig
+from bigtrain.model.cache import KVCache
+from bigtrain.model.norm import RMSNorm
+from bigtrain.model.rope import rope_tables, rotate
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What all layers of one forward pass share; computed once, not once a layer."""
+
+    positions: torch.Tensor
+    """(S,) or (B, S) int64: the place of each token in its own document."""
+    rope: tuple[torch.Tensor, torch.Tensor] | None
+    """cos and sin for these positions, or None with learned positions."""
+    mask: torch.Tensor | None
+    """(1 or B, 1, S, L) bool, True where a query (S) sees a key (L). None: `causal` says it all."""
+    causal: bool
+    """Without a mask: each token sees itself and those before it. False: it sees every token."""
+
+
+def make_scope(
+    config: ModelConfig,
+    tokens: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    cache: KVCache | None = None,
+    *,
+    explicit: bool = False,
+) -> Scope:
+    """Positions, rotary tables and visibility of tokens (B, S).
+
+    `explicit` asks for a mask even where "causal" would do (the reference attention).
+    """
+    B, S = tokens.shape
+    causal = config.objective == "causal"
+    positions = torch.arange(S, device=tokens.device)
+    keys = positions
+    same: torch.Tensor | None = None
+    if cache is not None:
+        positions = cache.lengths[:, None] + positions
+        keys = torch.arange(cache.end + S, device=tokens.device)
+    elif cu_seqlens is not None and len(cu_seqlens) != B + 1:  # B + 1: rows are the only boundaries
+        document, positions = documents(cu_seqlens, B, S)
+        same = document[:, :, None] == document[:, None, :]
+    mask: torch.Tensor | None = same
+    if causal and (explicit or same is not None or cache is not None or config.sliding_window):
+        # Distances between tokens of one document are the same in the row's numbering.
+        row = positions if cache is not None else torch.arange(S, device=tokens.device)
+        back = row[..., :, None] - keys
+        near = back >= 0
+        if config.sliding_window:
+            near &= back < config.sliding_window
+        mask = near if same is None else near & same
+    if mask is not None:
+        mask = mask[:, None] if mask.dim() == 3 else mask[None, None]
+    rope = rope_tables(positions, config) if config.position == "rope" else None
+    return Scope(positions, rope, mask, causal)
+
+
+def documents(cu_seqlens: torch.Tensor, B: int, S: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The document number and the position in it of each packed token; both (B, S) int64."""
+    token = torch.arange(B * S, device=cu_seqlens.device)
+    starts = cu_seqlens.long()
+    document = torch.searchsorted(starts[1:], token, right=True)
+    return document.view(B, S), (token - starts[document]).view(B, S)
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scope], torch.Tensor]
+
+
+def attend_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scope: Scope) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v, spelt out: q (B, S, H, D), k and v (B, L, K, D) -> (B, S, H, D)."""
+    q, k, v = q.transpose(1, 2), _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if scope.mask is not None:
+        scores = scores.masked_fill(~scope.mask, float("-inf"))
+    out: torch.Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
+    return out.transpose(1, 2)
+
+
+def attend_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scope: Scope) -> torch.Tensor:
+    """The same through torch's fused attention, which never holds the S x L scores."""
+    grouped = k.shape[2] != q.shape[2]
+    # enable_gqa saves the copies, but only CUDA's flash kernel is fast with it, and that one takes no mask.
+    native = grouped and q.is_cuda and scope.mask is None
+    if grouped and not native:
+        k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
+    else:
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    causal = scope.causal and scope.mask is None
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=scope.mask, is_causal=causal, enable_gqa=native
+    )
+    return out.transpose(1, 2)
+
+
+def _repeat_heads(x: torch.Tensor, H: int) -> torch.Tensor:
+    """(B, L, K, D) -> (B, H, L, D): key/value head j serves the query heads j H/K .. (j + 1) H/K - 1."""
+    B, L, K, D = x.shape
+    x = x.transpose(1, 2)
+    return x if K == H else x[:, :, None].expand(B, K, H // K, L, D).flatten(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values, rotary positions and optional qk-norm."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, kernels: str, recompute: str) -> None:
+        super().__init__()
+        C, H, K, D = config.width, config.num_heads, config.num_kv_heads, config.dim_per_head
+        qkv_bias = config.bias or config.qkv_bias
+        self.layer = layer
+        self.head_dim = D
+        self.recompute = recompute == "selective"
+        self.attend: Attend = attend_reference if kernels == "reference" else attend_sdpa
+        self.q_proj = nn.Linear(C, H * D, bias=qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.bias)
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: torch.Tensor, scope: Scope, cache: KVCache | None = None) -> torch.Tensor:
+        """(B, S, C) -> (B, S, C). With a cache, keys and values are stored there and read back from it."""
+        B, S, _ = x.shape
+        # -1: the heads this module holds, which is a part of them under tensor parallelism.
+        q = self.q_proj(x).view(B, S, -1, self.head_dim)
+        k = self.k_proj(x).view(B, S, -1, self.head_dim)
+        v = self.v_proj(x).view(B, S, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if scope.rope is not None:
+            q, k = rotate(q, *scope.rope), rotate(k, *scope.rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v, scope.positions)
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(self.attend, q, k, v, scope, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self.attend(q, k, v, scope)
+        projected: torch.Tensor = self.o_proj(out.flatten(2))
+        return projected
