@@ -1,1 +1,1 @@
-"""Raw text to token shards to batches."""
+"""From raw text to batches: documents -> tokenizer -> shards -> order -> loader."""
