@@ -58,7 +58,7 @@ examples:
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--tokenizer", help="use this SentencePiece .model instead of training one")
-    p.add_argument("--tokenizer-kind", choices=["unigram", "bpe"], default="unigram")
+    p.add_argument("--tokenizer-kind", choices=["bpe", "unigram"], default="bpe")
     p.add_argument("--vocab-size", type=int, default=8000, help="pieces to train (default 8000)")
     p.add_argument("--no-byte-fallback", action="store_true", help="map unknown characters to <unk>")
     p.add_argument("--tokenizer-sample-mb", type=float, default=50.0, help="text to train the tokenizer on")
@@ -66,6 +66,9 @@ examples:
     p.add_argument("--text-key", default="text", help="field with the text in .jsonl and .parquet")
     p.add_argument("--bad-utf8", choices=["replace", "skip", "fail"], default="replace")
     p.add_argument("--max-bad", type=float, default=0.1, help="give up above this share of malformed lines")
+    p.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="files or folders to leave out"
+    )
     p.add_argument("--seed", type=int, default=1, help="decides the order of the documents")
     p.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --out")
     p.set_defaults(run_verb=_prepare)
@@ -178,7 +181,9 @@ def _add_quickstart(verbs: argparse._SubParsersAction, raw: type) -> None:  # ty
     )
     p.add_argument("--out", default="runs/quickstart", help="run directory (default runs/quickstart)")
     p.add_argument("--data", default="data/quickstart", help="dataset folder (default data/quickstart)")
-    p.add_argument("--minutes", type=float, default=3.0, help="about how long to train (default 3)")
+    p.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as for train"
+    )
     p.set_defaults(run_verb=_quickstart)
 
 
@@ -228,7 +233,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _quickstart(args: argparse.Namespace) -> int:
     from bigtrain.quickstart import quickstart
 
-    return quickstart(run=args.out, data=args.data, minutes=args.minutes)
+    return quickstart(run=args.out, data=args.data, overrides=args.overrides)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

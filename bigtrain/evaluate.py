@@ -8,16 +8,17 @@ import sys
 
 import torch
 
-from bigtrain.data.loader import Loader
-from bigtrain.data.shards import Corpus
+from bigtrain.data.corpus import Corpus
+from bigtrain.data.manifest import Split
 from bigtrain.errors import UserError
 from bigtrain.heldout import HeldOut, held_out
 from bigtrain.mesh import Mesh, Place
 from bigtrain.model.batch import Batch
 from bigtrain.pretrained import Pretrained, open_model
+from bigtrain.train import loader_of
 
 
-def evaluate(trained: Pretrained, *, data: str, split: str, sequences: int = 0) -> HeldOut:
+def evaluate(trained: Pretrained, *, data: str, split: Split, sequences: int = 0) -> HeldOut:
     """Evaluate on the first `sequences` windows of a split (0: all).
 
     Raises UserError when the dataset was made with another tokenizer or holds no full window.
@@ -30,7 +31,7 @@ def evaluate(trained: Pretrained, *, data: str, split: str, sequences: int = 0) 
             where=str(data),
             do="prepare it again with --tokenizer RUN/tokenizer.model",
         )
-    loader = loader_of(config, corpus, trained.tokenizer.mask_id)
+    loader = loader_of(config, corpus, trained.tokenizer)
     device = next(trained.model.parameters()).device
 
     def eval_step(batch: Batch) -> float:
@@ -44,8 +45,7 @@ def evaluate(trained: Pretrained, *, data: str, split: str, sequences: int = 0) 
             )
         return float(out.nll)
 
-    windows = (corpus.num_tokens - 1) // config.data.sequence_length
-    batches = loader.validation_batches(min(sequences or windows, windows), config.train.microbatch)
+    batches = loader.validation_batches(sequences or loader.validation_windows(), config.train.microbatch)
     mesh = Mesh(Place(0, 1, 0, 1, "single"), device, None)
     return held_out(eval_step, batches, trained.tokenizer.token_bytes(), mesh)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from bigtrain.errors import RunError
 from bigtrain.mesh import Mesh
@@ -31,25 +30,15 @@ class HeldOut:
     """UTF-8 bytes that the counted tokens stand for."""
 
 
-def deal(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
-    """This rank's share, equally many on every rank: ZeRO-3 gathers weights in every forward pass of all.
-
-    A rank without a last batch of its own gets the first one with nothing to count.
-    """
-    mine = list(batches[mesh.data_rank :: mesh.data_size])
-    missing = -(-len(batches) // mesh.data_size) - len(mine)
-    blank = replace(batches[0], targets=torch.full_like(batches[0].targets, IGNORE))
-    return mine + [blank] * missing
-
-
 def held_out(
     eval_step: Callable[[Batch], float],
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     token_bytes: npt.NDArray[np.int64],
     mesh: Mesh,
 ) -> HeldOut:
-    """Evaluate this rank's `batches` (see `deal`) with `eval_step`, which returns a sum in nats.
+    """Evaluate this rank's `batches` with `eval_step`, which returns a sum in nats.
 
+    Collective: every rank has equally many batches, for ZeRO-3 gathers weights in each forward pass of all.
     `token_bytes`: (V,) UTF-8 bytes each token stands for. Raises RunError when nothing counts.
     """
     nll = 0.0

@@ -12,7 +12,16 @@ from bigtrain.configfile import find_config, load
 from bigtrain.errors import UserError
 
 # No text to learn from: tables of numbers, other people's packages, tests (30 MB of repetition).
-_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings", "lib2to3", "ensurepip"}
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "encodings",
+    "lib2to3",
+    "ensurepip",
+}
 
 _PROMPTS = ["def ", "class ", "import "]
 

@@ -1,0 +1,231 @@
+"""Whole runs: the run directory's contract, resuming, layouts, objectives, and every way to go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs.conftest import Tiny, losses_of, steps_of
+
+pytestmark = pytest.mark.runs
+
+
+def weights_of(run: Path) -> bytes:
+    """The newest checkpoint's data, all files, in order."""
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    return b"".join(p.read_bytes() for p in sorted(newest.glob("*.bin")))
+
+
+def test_a_run_leaves_everything_that_the_contract_names(tiny: Tiny, whole: Path) -> None:
+    for name in ("config.toml", "provenance.json", "metrics.jsonl", "outcome.json", "tokenizer.model"):
+        assert (whole / name).is_file(), name
+    assert json.loads((whole / "outcome.json").read_text())["state"] == "done"
+    records = steps_of(whole)
+    assert sorted(records) == list(range(1, 31))
+    assert {"loss", "grad_norm", "lr", "tokens", "samples", "time"} <= set(records[30])
+    assert records[30]["tokens"] == 30 * 8 * 32
+    assert losses_of(whole)[-1] < losses_of(whole)[0] - 0.3
+    evaluations = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines() if '"eval"' in x]
+    assert [e["step"] for e in evaluations] == [10, 20, 30]
+    kept = sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert kept == ["step_00000020", "step_00000025", "step_00000030"]
+
+
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(tiny: Tiny, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes(), weights_of(whole)
+    again = tiny.train(whole)
+    assert again.code == 0, again.err
+    assert "30" in again.out
+    assert "done" in again.out
+    assert before == ((whole / "metrics.jsonl").read_bytes(), weights_of(whole))
+
+
+def test_a_signal_saves_and_the_same_command_continues_to_the_bit(
+    tiny: Tiny, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        tiny.command("train", str(tiny.config), "--run", str(run), "--set", "checkpoint.every_steps=0"),
+        env=tiny.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    while time.monotonic() < deadline and len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["state"] == "preempted"
+    assert 0 < outcome["step"] < 30
+    assert tiny.train(run, "checkpoint.every_steps=0").code == 0
+    assert losses_of(run) == losses_of(whole)
+    assert weights_of(run) == weights_of(whole)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_processes_draw_the_same_curve_and_continue_on_one(
+    tiny: Tiny, whole: Path, tmp_path: Path, zero: int
+) -> None:
+    run = tmp_path / "run"
+    settings = [f"layout.zero={zero}", "train.steps=20"]
+    done = tiny.train(run, *settings, "optim.schedule=constant", processes=2)
+    assert done.code == 0, done.err
+    reference = tmp_path / "reference"
+    assert tiny.train(reference, "train.steps=30", "optim.schedule=constant").code == 0
+    assert losses_of(run) == pytest.approx(losses_of(reference)[:20], rel=1e-5)
+    assert tiny.train(run, "train.steps=30", "optim.schedule=constant").code == 0
+    assert losses_of(run) == pytest.approx(losses_of(reference), rel=1e-5)
+
+
+def test_lstm_and_masked_models_train_through_the_same_command(tiny: Tiny, tmp_path: Path) -> None:
+    lstm = tiny.train(
+        tmp_path / "lstm",
+        *("model.kind=lstm", "model.dropout=0.2", "model.tied=false", "optim.kind=sgd", "optim.lr=1.0"),
+        "model.heads=none",
+        "model.kv_heads=none",
+    )
+    assert lstm.code == 0, lstm.err
+    assert losses_of(tmp_path / "lstm")[-1] < losses_of(tmp_path / "lstm")[0] - 0.1
+    masked = tiny.train(tmp_path / "masked", "model.objective=masked", "loss.mask_rate=0.3")
+    assert masked.code == 0, masked.err
+    assert losses_of(tmp_path / "masked")[-1] < losses_of(tmp_path / "masked")[0] - 0.1
+
+
+def test_verbs_on_a_trained_run(tiny: Tiny, whole: Path) -> None:
+    text = tiny("generate", str(whole), "--prompt", "def ", "--max-new-tokens", "12", "--temperature", "0")
+    assert text.code == 0, text.err
+    assert text.out.startswith("def ")
+    again = tiny("generate", str(whole), "--prompt", "def ", "--max-new-tokens", "12", "--temperature", "0")
+    assert again.out == text.out
+    figures = tiny("evaluate", str(whole), "--json")
+    assert figures.code == 0, figures.err
+    assert 0 < json.loads(figures.out)["bits_per_byte"] < 8
+    explained = tiny("inspect", str(whole), "--verify")
+    assert explained.code == 0, explained.err
+    assert "step_00000030" in explained.out
+
+
+def test_another_model_is_refused_with_the_difference(tiny: Tiny, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    refused = tiny.train(whole, "model.layers=3")
+    assert refused.code == 2
+    assert "model.layers" in refused.err
+    assert "--fresh" in refused.err
+    assert before == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_fresh_moves_the_former_run_aside(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    done = tiny.train(run, "train.steps=3", "model.layers=1", flags=["--fresh"])
+    assert done.code == 0, done.err
+    assert len(losses_of(run)) == 3
+    aside = [p for p in tmp_path.iterdir() if p != run]
+    assert len(aside) == 1
+    assert losses_of(aside[0]) == losses_of(whole)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(
+    tiny: Tiny, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = weights_of(run)
+    failed = tiny.train(
+        run,
+        "train.steps=60",
+        "optim.lr=1e38",
+        "optim.min_lr_ratio=1.0",
+        "train.max_skipped=3",
+        "optim.clip=0",
+    )
+    assert failed.code == 1, failed.out
+    assert "not finite" in failed.err
+    assert "samples" in failed.err
+    assert "Traceback" not in failed.err
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["state"] == "failed"
+    assert weights_of(run) == before, "the checkpoints saved before are as they were"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_no_space_left_while_saving_is_one_sentence_and_older_checkpoints_stay(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(small)], check=False
+    ).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        run = small / "run"
+        full = tiny.train(run, "checkpoint.keep_last=50")
+        assert full.code == 1, full.out
+        assert "No space left" in full.err
+        assert "Traceback" not in full.err
+        kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+        assert kept
+        assert all("tmp" not in name for name in kept)
+        assert tiny("inspect", str(run / "checkpoints" / kept[-1]), "--verify").code == 0
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model.vocab_size=100"], ["vocab", "400"]),
+        (["data.path=nowhere"], ["nowhere", "bigtrain prepare"]),
+        (["train.microbatch=3"], ["microbatch", "fits"]),
+        (["data.sequence_length=64", "train.stesp=3"], ["train.stesp", "did you mean train.steps"]),
+        (["optim.kind=muon", "layout.engine=zero"], ["muon", "layout.zero = 0"]),
+    ],
+)
+def test_user_errors_leave_with_2_and_one_explanation(
+    tiny: Tiny, tmp_path: Path, settings: list[str], words: list[str]
+) -> None:
+    refused = tiny.train(tmp_path / "run", *settings)
+    assert refused.code == 2, (refused.out, refused.err)
+    assert "Traceback" not in refused.err
+    for word in words:
+        assert word in refused.err
+    assert not (tmp_path / "run").exists(), "nothing is created for a run that cannot start"
+
+
+def test_a_damaged_shard_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny.data, data)
+    shard = next(data.glob("train-*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    refused = tiny.train(tmp_path / "run", f"data.path={data}")
+    assert refused.code == 2
+    assert shard.name in refused.err
+    assert "truncated" in refused.err
+
+
+def test_lr_find_draws_the_curve_and_suggests(tiny: Tiny, tmp_path: Path) -> None:
+    found = tiny.train(tmp_path / "run", flags=["--lr-find"])
+    assert found.code == 0, found.err
+    assert "optim.lr=" in found.out
+    assert (tmp_path / "run" / "lr_find.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_prints_the_resolved_config_and_what_follows(tiny: Tiny, tmp_path: Path) -> None:
+    dry = tiny.train(tmp_path / "run", "optim.lr=none", flags=["--dry"])
+    assert dry.code == 0, dry.err
+    for word in ("parameters", "FLOPs", "Step Law", "[model]", "tokens"):
+        assert word in dry.out
+    assert not (tmp_path / "run").exists()
