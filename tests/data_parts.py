@@ -1,8 +1,10 @@
 """Small real tokenizers and corpora for the tests of the data path."""
 
+# ruff: noqa: RUF001 - the odd characters are the point
 from __future__ import annotations
 
 import functools
+import random
 import tempfile
 from pathlib import Path
 
@@ -13,9 +15,7 @@ from bigtrain.data.shards import ShardWriter
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.vocabulary import Kind, train_tokenizer
 
-ENGLISH = (
-    "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the warm sun of the day.\n" * 3
-)
+ENGLISH = "The quick brown fox jumps over the lazy dog, and the dog sleeps on in the warm sun.\n" * 3
 CHINESE = "人工智能正在改变世界。我们用大量文本训练语言模型,然后让它继续写下去。北京的春天很短。\n" * 3
 CODE = (
     'def add(first, second):\n    """Add two numbers."""\n    if first:\n        return first + second\n\n\n'
@@ -31,8 +31,12 @@ HOSTILE = (
 
 
 def texts() -> list[str]:
-    """Varied enough for a vocabulary of 600."""
-    numbered = [f"{ENGLISH}Line {i} of the story.\n{CODE}value_{i} = {i * 37}\n{CHINESE}" for i in range(40)]
+    """Varied enough for a vocabulary of 512, also of unigram, which drops what does not pay."""
+    choose = random.Random(1)
+    syllables = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "or", "un")]
+    words = ["".join(choose.choices(syllables, k=choose.randint(1, 4))) for _ in range(400)]
+    numbered = [" ".join(choose.choices(words, k=200)) for _ in range(40)]
+    numbered += [f"{ENGLISH}Line {i} of the story.\n{CODE}value_{i} = {i * 37}\n{CHINESE}" for i in range(40)]
     return [*numbered, *HOSTILE]
 
 
