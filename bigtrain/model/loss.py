@@ -98,7 +98,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_h = grad.to(hidden.dtype)
                 torch.mm(grad_h, weight, out=grad_hidden[start : start + chunk])
                 if grad_h.dtype == exact:
-                    grad_weight.addmm_(grad_h.t(), h)
+                    torch.addmm(grad_weight, grad_h.t(), h, out=grad_weight)
                 else:
                     grad_weight += grad_h.t() @ h
             if grad_bias is not None:
