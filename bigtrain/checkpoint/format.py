@@ -184,6 +184,8 @@ def read_manifest(folder: Path) -> Manifest:
             where=str(path),
             do="use the newer bigtrain that wrote it",
         )
+    if step_of(folder.name) not in (None, body["step"]):
+        raise DamagedError(f"belongs to step {body['step']}", where=str(path))
     return Manifest(
         step=body["step"],
         created=body["created"],
