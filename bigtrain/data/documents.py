@@ -170,7 +170,7 @@ def _json_lines(
                 lines += 1
                 decoded = _decode(line, f"{file}:{number}", file, offset, options, report)
                 if decoded is not None:
-                    text = _json_text(decoded.removeprefix("\ufeff"), options.text_key)
+                    text = _json_text(decoded.removeprefix("\ufeff").strip(), options.text_key)
                     if isinstance(text, str):
                         yield text, f"{file}:{number}"
                     else:
