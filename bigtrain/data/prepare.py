@@ -45,7 +45,7 @@ class PrepareOptions:
     vocab_size: int = 32000
     byte_fallback: bool = True
     tokenizer_sample_mb: float = 100.0
-    """Text to train the tokenizer on, in 1e6 bytes; training needs about 15 times as much memory."""
+    """Text to train the tokenizer on, in 1e6 bytes; training needs about 20 times as much memory."""
     validation_fraction: float = 0.01
     """Share of the documents to hold out, in [0, 1)."""
     shard_tokens: int = 2**30
