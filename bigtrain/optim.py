@@ -90,19 +90,18 @@ def build_optimizer(named: Named, config: OptimConfig, lr: float = 0.0) -> torch
     return _adamw(groups, config, lr)
 
 
-def materialise_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the state of every parameter as zeros, which is what the first step would start from.
+def materialise_state(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, group: dict[str, Any]
+) -> None:
+    """Create the state of a parameter of `group` as zeros, which is what its first update would start from.
 
     So a checkpoint can be read into a fresh optimizer, without a step that changes anything.
     """
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state[p]
-            for moment in moments_of(group):
-                if moment not in state:
-                    state[moment] = torch.zeros_like(p)
-            if group["rule"] == "adamw" and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+    state = optimizer.state[parameter]
+    for moment in moments_of(group):
+        state[moment] = torch.zeros_like(parameter, requires_grad=False)
+    if group["rule"] == "adamw":
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 
 def moments_of(group: dict[str, Any]) -> tuple[str, ...]:

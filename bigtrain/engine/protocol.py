@@ -70,6 +70,10 @@ def make_engine(model: torch.nn.Module, config: Config, mesh: Mesh) -> Engine:
         from bigtrain.engine.reference import ReferenceEngine
 
         return ReferenceEngine(model, config)
+    if config.layout.zero == 0:
+        from bigtrain.engine.replica import ReplicaEngine
+
+        return ReplicaEngine(model, config, mesh)
     from bigtrain.engine.zero import ZeroEngine
 
     return ZeroEngine(model, config, mesh)
@@ -85,7 +89,7 @@ def engine_name(config: Config, world: int) -> str:
 
 def check_engine(config: Config, name: str, world: int) -> None:
     """UserError unless engine `name` can run this config on `world` ranks."""
-    layout, precision = config.layout, config.train.precision
+    layout = config.layout
     if name == "reference":
         if world > 1:
             raise UserError(
@@ -94,12 +98,11 @@ def check_engine(config: Config, name: str, world: int) -> None:
                 do='use engine = "auto", or start one process',
             )
         return
-    if config.optim.kind == "muon" and (layout.zero > 0 or precision != "fp32"):
+    if config.optim.kind == "muon" and layout.zero > 0:
         raise UserError(
-            f"muon needs whole matrices, and ZeRO {layout.zero} in {precision} flattens them into partitions",
+            f"muon needs whole matrices, and ZeRO {layout.zero} cuts them into flat partitions",
             where="optim.kind",
-            do='use layout.zero = 0 with train.precision = "fp32", one process with layout.engine = '
-            '"reference" (any precision), or optim.kind = "adamw"',
+            do='use layout.zero = 0, or optim.kind = "adamw"',
         )
     if layout.offload == "optimizer" and layout.zero == 0:
         raise UserError(

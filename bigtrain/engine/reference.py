@@ -37,18 +37,21 @@ class ReferenceEngine:
         """The fp32 weights that the optimizer updates; the model's own in fp32."""
         dtype = DTYPES[config.train.precision]
         if dtype != torch.float32:
-            self.masters = [nn.Parameter(p.detach().clone()) for p in self.weights]
             model.to(dtype)
+            # Masters start from the rounded weights, as ZeRO's do: every engine takes the same first step.
+            self.masters = [nn.Parameter(p.detach().float()) for p in self.weights]
             for weight, master in zip(self.weights, self.masters, strict=True):
                 weight.register_post_accumulate_grad_hook(_accumulate_into(master))  # type: ignore[no-untyped-call]
         self.optimizer = build_optimizer(zip(self.names, self.masters, strict=True), config.optim)
-        materialise_state(self.optimizer)
+        for group in self.optimizer.param_groups:
+            for master in group["params"]:
+                materialise_state(self.optimizer, master, group)
 
     def train_step(self, microbatches: Sequence[Batch], counted: int, lr: float) -> StepResult:
         """See `Engine.train_step`. One synchronisation with the device a step, before the update."""
         scale = self.scaler.scale if self.scaler else 1.0
         loss, norm = self._gradients(microbatches, max(counted, 1), scale)
-        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        skipped = not math.isfinite(norm)
         if not skipped:
             self._update(norm, scale, lr)
         for master in self.masters:
@@ -59,16 +62,21 @@ class ReferenceEngine:
 
     def _gradients(self, microbatches: Sequence[Batch], counted: int, scale: float) -> tuple[float, float]:
         """Fill the masters' .grad with scale x the gradient; loss and unscaled gradient norm."""
+        nll = self._backward(microbatches, scale / counted)
+        grads = [master.grad for master in self.masters if master.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        total, scaled_norm = torch.stack([nll, norm.double()]).tolist()
+        return total / counted, scaled_norm / scale
+
+    def _backward(self, microbatches: Sequence[Batch], factor: float) -> torch.Tensor:
+        """Add factor x the gradient of every microbatch; the sum of plain cross-entropy, float64."""
         losses = []
         for batch in microbatches:
             out = self._forward(batch)
-            (out.objective * (scale / counted)).backward()
+            # A nll that is not finite makes the gradient NaN (0 * inf), so the norm alone tells of both.
+            (out.objective * (factor + 0.0 * out.nll)).backward()
             losses.append(out.nll)
-        grads = [master.grad for master in self.masters if master.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        nll = torch.stack(losses).double().sum()
-        total, scaled_norm = torch.stack([nll, norm.double()]).tolist()
-        return total / counted, scaled_norm / scale
+        return torch.stack(losses).double().sum()
 
     @torch.no_grad()
     def _update(self, norm: float, scale: float, lr: float) -> None:
