@@ -1,0 +1,251 @@
+"""The run directory: one folder holds everything about a run, and the same command on it goes on.
+
+RUN/
+    config.toml               resolved, as of the latest attempt
+    provenance.json           code, packages, machine and command of every attempt
+    metrics.jsonl             one record a step and one an evaluation (bigtrain.metrics)
+    checkpoints/step_00001000/
+    logs/0001/rank_0.log      of the first attempt
+    samples/  plots/  tensorboard/
+    outcome.json              how the latest attempt ended; absent while one runs, or after a kill
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from pydantic import BaseModel
+
+from bigtrain.checkpoint.agree import together
+from bigtrain.checkpoint.format import sync_folder, write_synced
+from bigtrain.checkpoint.store import list_checkpoints
+from bigtrain.config import Config
+from bigtrain.configfile import load, render
+from bigtrain.errors import UserError
+from bigtrain.mesh import Mesh, Place
+from bigtrain.metrics import cut_back
+from bigtrain.provenance import provenance
+
+State = Literal["done", "preempted", "failed"]
+
+# What makes another run of it: the tensors of a checkpoint would not fit, or the samples would not go on.
+_IDENTITY = ("model.", "train.seed", "data.sequence_length", "optim.kind", "data (content)")
+
+
+@dataclass
+class RunDir:
+    """A run directory that this process may write; made by `RunDir.open`."""
+
+    path: Path
+    mesh: Mesh
+    attempt: int
+    """From 1; every start of the command is one."""
+    notes: list[str]
+    """What the user should be told: settings that changed since the last attempt, a former run moved
+    aside."""
+    _lock: IO[str] | None = field(default=None, repr=False)
+    _log: logging.Handler | None = field(default=None, repr=False)
+
+    @staticmethod
+    def open(
+        path: str | Path,
+        config: Config,
+        *,
+        fresh: bool = False,
+        mesh: Mesh | None = None,
+        data: str = "",
+    ) -> RunDir:
+        """Create the run directory, or take up the run in it (collective; rank 0 does the work).
+
+        `data` identifies the content of the dataset (its manifest's hash). `fresh` moves a former run aside
+        as RUN.old-1. Raises UserError when another process trains here, or when the run here is of another
+        model, seed or data; nothing is changed then.
+        """
+        mesh = mesh or Mesh(Place(0, 1, 0, 1, "single"), torch.device("cpu"), None)
+        path = Path(path)
+        facts = provenance(mesh)
+        locks: list[IO[str]] = []
+
+        def take() -> tuple[int, list[str]]:
+            return _take(path, config, fresh, data, facts, locks) if mesh.first else (0, [])
+
+        attempt, notes = together(mesh, take)[0]
+        run = RunDir(path, mesh, attempt, notes, _lock=locks[0] if locks else None)
+        run._start_log()
+        return run
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics file."""
+        return self.path / "metrics.jsonl"
+
+    def folder(self, name: Literal["samples", "plots", "tensorboard"]) -> Path:
+        """A folder of the run, made if need be."""
+        (self.path / name).mkdir(exist_ok=True)
+        return self.path / name
+
+    def begin(self, step: int) -> None:
+        """The run goes on from `step`: metrics after it are cut off, for they will be made again."""
+        if self.mesh.first:
+            cut_back(self.metrics, step)
+
+    def finish(self, state: State, step: int, reason: str = "") -> None:
+        """Write outcome.json, which tells launchers whether to requeue."""
+        if self.mesh.first:
+            outcome = {"state": state, "step": step, "reason": reason, "time": time.time()}
+            _write_json(self.path / "outcome.json", outcome)
+
+    def close(self) -> None:
+        """Stop logging into the run and let others have it."""
+        if self._log is not None:
+            logging.captureWarnings(False)
+            logging.getLogger().removeHandler(self._log)
+            self._log.close()
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._lock.close()
+        self._log = self._lock = None
+
+    def _start_log(self) -> None:
+        """Send this rank's logging (bigtrain's, torch's, DeepSpeed's) and warnings to a file of its own."""
+        file = self.path / "logs" / f"{self.attempt:04d}" / f"rank_{self.mesh.rank}.log"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._log = logging.FileHandler(file)
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(self._log)
+        logging.captureWarnings(True)
+
+
+def _take(
+    path: Path, config: Config, fresh: bool, data: str, facts: dict[str, Any], locks: list[IO[str]]
+) -> tuple[int, list[str]]:
+    """Lock, compare with the run that is there, write what this attempt adds. Returns (attempt, notes)."""
+    notes: list[str] = []
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _locked(path)
+    try:
+        if fresh and any(entry.name != _LOCK for entry in path.iterdir()):
+            aside = next(
+                p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.old-{n}")).exists()
+            )
+            path.rename(aside)
+            lock.close()
+            path.mkdir()
+            lock = _locked(path)
+            notes.append(f"the former run was moved to {aside}")
+        former = _former(path)
+        changed = _changes(path, config, data, former)
+        refused = [line for key, line in changed.items() if key.startswith(_IDENTITY)]
+        if refused and list_checkpoints(path / "checkpoints"):
+            raise UserError(
+                "holds a run of another model, seed or data\n    " + "\n    ".join(refused),
+                where=str(path),
+                do="give this one another --run, or start over with --fresh (moves the run there aside)",
+            )
+    except BaseException:
+        lock.close()
+        raise
+    notes += [f"changed since the last attempt: {line}" for line in changed.values()]
+    attempts = [*former.get("attempts", []), {**facts, "changed": list(changed.values())}]
+    _write_text(path / "config.toml", render(config))
+    _write_json(path / "provenance.json", {"data": data, "attempts": attempts})
+    (path / "checkpoints").mkdir(exist_ok=True)
+    (path / "outcome.json").unlink(missing_ok=True)
+    sync_folder(path)
+    locks.append(lock)
+    return len(attempts), notes
+
+
+_LOCK = ".lock"
+
+
+def _locked(path: Path) -> IO[str]:
+    """Lock the run for this process; its end, however violent, gives the lock back."""
+    lock = (path / _LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(
+            f"{owner} is training in this run directory",
+            where=str(path),
+            do="wait for it or stop it, or give this run another --run",
+        ) from e
+    except OSError:
+        logging.getLogger(__name__).warning(
+            "%s: this file system has no locks; take care that only one process trains here", path
+        )
+    lock.truncate(0)
+    lock.write(
+        f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    )
+    lock.flush()
+    return lock
+
+
+def _former(path: Path) -> dict[str, Any]:
+    """Provenance of the run that is here; empty when there is none."""
+    try:
+        found = json.loads((path / "provenance.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise UserError(
+            f"is not valid JSON: {e}",
+            where=str(path / "provenance.json"),
+            do="remove the file (its history of attempts is lost, the run is not)",
+        ) from e
+    assert isinstance(found, dict)
+    return found
+
+
+def _changes(path: Path, config: Config, data: str, former: Mapping[str, Any]) -> dict[str, str]:
+    """Every setting that differs from the last attempt: key -> one line; none if there was no attempt."""
+    if not (path / "config.toml").exists():
+        return {}
+    old, new = _flat(load(path / "config.toml")), _flat(config)
+    if former.get("data"):
+        old["data (content)"], new["data (content)"] = former["data"][:12], data[:12]
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return {key: f"{key}: {_shown(old.get(key))} in the run, {_shown(new.get(key))} now" for key in keys}
+
+
+def _flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """All settings under their dotted keys."""
+    found: dict[str, Any] = {}
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, BaseModel) else {prefix + key: value}
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, content: str) -> None:
+    """Replace a file in one go: readers and kills see the former one or the new one."""
+    draft = path.with_name(path.name + ".tmp")
+    write_synced(draft, content.encode())
+    draft.replace(path)
