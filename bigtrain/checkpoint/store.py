@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import platform
 import re
@@ -105,7 +106,10 @@ def _clear_stale(root: Path) -> None:
     for path in root.iterdir():
         if not re.fullmatch(r"step_\d{8,}\.tmp-.*", path.name):
             continue
-        fd = os.open(path, os.O_RDONLY)
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError:  # gone already
+            continue
         try:
             if not _locked_by_others(fd):
                 shutil.rmtree(path, ignore_errors=True)
@@ -266,7 +270,11 @@ def prune(root: str | Path, keep_last: int, keep_every: int = 0) -> list[Path]:
         if kept < keep_last:
             kept += not _outside_problems(path)
         elif not (keep_every and step % keep_every == 0):
-            _move_aside(path, "pruned")
+            try:
+                _move_aside(path, "pruned")
+            except OSError as e:  # one rank must not die of this while the others train on
+                logging.getLogger(__name__).warning("%s stays: %s", path, e.strerror)
+                continue
             removed.append(path)
     if removed:
         _clear_stale(Path(root))
