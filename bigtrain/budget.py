@@ -68,6 +68,11 @@ class BatchSchedule:
             step += 1
         return step + max(0, -(-left // (self.full * config.data.sequence_length)))
 
+    def samples(self, steps: int) -> int:
+        """Sequences in the first `steps` steps."""
+        rising = min(steps, self.ramp_steps)
+        return sum(self.size(step) for step in range(rising)) + (steps - rising) * self.full
+
 
 def check_layout(schedule: BatchSchedule, microbatch: int, data_size: int) -> None:
     """UserError unless every global batch divides into whole microbatches on every data rank."""

@@ -6,10 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from bigtrain import __version__
 from bigtrain.errors import BigtrainError, UserError
+
+_Raw = argparse.RawDescriptionHelpFormatter
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _EPILOG = """\
 the usual way through:
@@ -25,25 +29,24 @@ every verb explains itself:  bigtrain train --help
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="bigtrain",
         description="Train large language models: raw text and a cluster in, a trained transformer out.",
         epilog=_EPILOG,
-        formatter_class=raw,
+        formatter_class=_Raw,
     )
     parser.add_argument("--version", action="version", version=f"bigtrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (_add_prepare, _add_train, _add_generate, _add_evaluate, _add_inspect, _add_quickstart):
-        add(verbs, raw)
+        add(verbs)
     return parser
 
 
-def _add_prepare(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+def _add_prepare(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "prepare",
         help="raw text -> tokenizer and token shards",
-        formatter_class=raw,
+        formatter_class=_Raw,
         description="Read text, train a SentencePiece tokenizer (or take one), write token shards.",
         epilog="""\
 inputs: .txt .md, source files, .jsonl .parquet (one document a row), each also .gz or .zst; folders are
@@ -86,11 +89,11 @@ def _config_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_train(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+def _add_train(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "train",
         help="train a model; the same command resumes",
-        formatter_class=raw,
+        formatter_class=_Raw,
         description="Train the model that a config describes. If the run directory holds checkpoints, go on.",
         epilog="""\
 examples:
@@ -112,11 +115,11 @@ Ctrl-C or TERM saves and stops; a second one leaves at once.""",
     p.set_defaults(run_verb=_train)
 
 
-def _add_generate(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+def _add_generate(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "generate",
         help="let a trained model write",
-        formatter_class=raw,
+        formatter_class=_Raw,
         description="Continue prompts with a trained model (KV cache, any number of prompts at once).",
         epilog="""\
 examples:
@@ -137,11 +140,11 @@ examples:
     p.set_defaults(run_verb=_generate)
 
 
-def _add_evaluate(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+def _add_evaluate(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "evaluate",
         help="held-out loss, perplexity, bits per byte",
-        formatter_class=raw,
+        formatter_class=_Raw,
         description="Evaluate a trained model on its held-out split, or on a prepared dataset's.",
         epilog="example:\n  bigtrain evaluate runs/quickstart --sequences 500",
     )
@@ -153,11 +156,11 @@ def _add_evaluate(verbs: argparse._SubParsersAction, raw: type) -> None:  # type
     p.set_defaults(run_verb=_evaluate)
 
 
-def _add_inspect(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+def _add_inspect(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "inspect",
         help="explain a run, a checkpoint, a dataset, a shard or a config",
-        formatter_class=raw,
+        formatter_class=_Raw,
         description="Say what a path is and what is in it: parameters, FLOPs, tokens, disk, health.",
         epilog="""\
 examples:
@@ -171,11 +174,11 @@ examples:
     p.set_defaults(run_verb=_inspect)
 
 
-def _add_quickstart(verbs: argparse._SubParsersAction, raw: type) -> None:  # type: ignore[type-arg]
+def _add_quickstart(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "quickstart",
         help="the whole way on this Python's own source text, in a few minutes",
-        formatter_class=raw,
+        formatter_class=_Raw,
         description="Tokenizer, shards, training, samples before and after, loss curve: on the source and\n"
         "documentation text of the Python installation that runs this. No download.",
     )

@@ -173,7 +173,7 @@ def _fill_environment(place: Place) -> None:
         os.environ[name] = str(value)
     os.environ.setdefault("MASTER_ADDR", _first_host(place))
     # A port from the job id keeps two jobs on one node apart; torchrun sets its own.
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("OMPI_MCA_ess_base_jobid") or "0"
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("OMPI_MCA_ess_base_jobid") or "0"  # noqa: SIM112
     digits = "".join(c for c in job if c.isdigit()) or "0"
     os.environ.setdefault("MASTER_PORT", str(20000 + int(digits) % 20000))
 

@@ -11,16 +11,16 @@ from bigtrain.configfile import load
 from bigtrain.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from bigtrain.data.tokenizer import Tokenizer
+    from bigtrain.model.lstm import LSTM
+    from bigtrain.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Pretrained:
     """What generation and evaluation need."""
 
-    model: torch.nn.Module
+    model: Transformer | LSTM
     tokenizer: Tokenizer
     config: Config
     checkpoint: Path

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import sysconfig
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigtrain.config import Config
 from bigtrain.configfile import find_config, load
 from bigtrain.errors import UserError
 
+if TYPE_CHECKING:
+    from bigtrain.pretrained import Pretrained
+
 # No text to learn from: tables of numbers, other people's packages, tests (30 MB of repetition).
-_SKIPPED = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "test",
-    "tests",
-    "encodings",
-    "lib2to3",
-    "ensurepip",
-}
+_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "encodings", "lib2to3", "ensurepip"}
 
 _PROMPTS = ["def ", "class ", "import "]
 
@@ -48,20 +43,21 @@ def _is_text(path: Path) -> bool:
 
 def quickstart(*, run: str, data: str, overrides: list[str]) -> int:
     """Prepare, sample, train, sample again; then say what happened and where everything lies."""
-    started = time.monotonic()
-    config = load(find_config("quickstart"), [f"data.path={data}", *overrides])
-    if not (Path(data) / "dataset.json").is_file():
-        _prepare(config, data)
-    print("\nBefore training, the model writes noise:", flush=True)
-    _show_samples(_untrained(config, data), tokens=40)
+    settings = [f"data.path={data}", *overrides]
+    config = load(find_config("quickstart"), settings)
+    _prepare(config, data)
+    print("\n== Before training the model writes noise ==", flush=True)
+    before = _samples(_untrained(config, data), tokens=30)
+    print(before)
 
     from bigtrain.train import train
 
-    print(f"\nTraining {run} (Ctrl-C saves and stops; the same command goes on):", flush=True)
-    code = train(config, run, fresh=False)
-    if code:
+    print("\n== Training (Ctrl-C saves and stops; the same command goes on) ==", flush=True)
+    code = train(config, run)
+    outcome = json.loads((Path(run) / "outcome.json").read_text())
+    if code or outcome["state"] != "done":
         return code
-    _report(config, Path(run), data, time.monotonic() - started)
+    _report(Path(run), data, before, settings)
     return 0
 
 
@@ -69,13 +65,58 @@ def _prepare(config: Config, data: str) -> None:
     from bigtrain.data.prepare import PrepareOptions
     from bigtrain.preparing import prepare_and_report
 
-    print(f"Reading the Python {sys.version.split()[0]} library: source and documentation text", flush=True)
-    options = PrepareOptions(
-        inputs=python_text(),
-        out=Path(data),
-        tokenizer_kind="bpe",
-        vocab_size=config.model.vocab_size,
-        validation_fraction=0.03,
-        tokenizer_sample_mb=10.0,
+    print(f"== The source and documentation text of Python {sys.version.split()[0]} ==", flush=True)
+    prepare_and_report(
+        PrepareOptions(
+            inputs=tuple(python_text()),
+            out=Path(data),
+            exclude=("test", "tests", "idle_test"),
+            vocab_size=config.model.vocab_size,
+            validation_fraction=0.03,
+            tokenizer_sample_mb=10.0,
+        )
     )
-    prepare_and_report(options)
+
+
+def _untrained(config: Config, data: str) -> Pretrained:
+    from bigtrain.data.corpus import Corpus
+    from bigtrain.data.tokenizer import Tokenizer
+    from bigtrain.model.build import build_model
+    from bigtrain.pretrained import Pretrained
+
+    model = build_model(config.model, config.loss, seed=config.train.seed).eval()
+    return Pretrained(model, Tokenizer.load(Corpus.open(data).tokenizer_path), config, Path(data), [])
+
+
+def _samples(model: Pretrained, *, tokens: int) -> str:
+    """What the model makes of each prompt, one after the other."""
+    from bigtrain.generating import write_text
+
+    texts = write_text(model, _PROMPTS, max_new_tokens=tokens, temperature=0.7, top_p=0.9)
+    return "\n".join(
+        f"--- {prompt!r} goes on as\n{prompt}{text.rstrip()}"
+        for prompt, text in zip(_PROMPTS, texts, strict=True)
+    )
+
+
+def _report(run: Path, data: str, before: str, settings: list[str]) -> None:
+    """Samples, held-out figures from first to last, the loss curve, what to do next."""
+    from bigtrain.console import summary
+    from bigtrain.plots import loss_curve
+    from bigtrain.pretrained import open_model
+
+    after = _samples(open_model(run), tokens=120)
+    print(f"\n== After training ==\n{after}")
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "samples" / "before.txt").write_text(before + "\n", encoding="utf-8")
+    (run / "samples" / "after.txt").write_text(after + "\n", encoding="utf-8")
+    loss_curve([run], run / "plots" / "loss.png", title="quickstart")
+    sets = " ".join(f"--set {setting}" for setting in settings)
+    print(f"\n== What happened ==\n{summary(run)}")
+    print(
+        f"\n== Go on ==\n"
+        f"train longer     bigtrain train quickstart --run {run} {sets} --set train.steps=3000\n"
+        f"let it write     bigtrain generate {run} --prompt 'def parse('\n"
+        f"your own text    bigtrain prepare FOLDER --out data/mine --vocab-size 2048\n"
+        f"                 bigtrain train quickstart --run runs/mine --set data.path=data/mine"
+    )

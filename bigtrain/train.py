@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,15 +14,21 @@ import torch
 from bigtrain.budget import BatchSchedule, Progress, check_layout, rank_samples
 from bigtrain.config import Config
 from bigtrain.configfile import render
+from bigtrain.console import Startup
+from bigtrain.data.corpus import Corpus
 from bigtrain.data.loader import Loader
-from bigtrain.data.shards import Corpus
 from bigtrain.data.tokenizer import Tokenizer
-from bigtrain.engine import Engine, make_engine
-from bigtrain.errors import UserError
-from bigtrain.heldout import deal
+from bigtrain.engine import Engine, check_engine, engine_name, make_engine
+from bigtrain.errors import BigtrainError, UserError
 from bigtrain.mesh import Mesh, rendezvous
 from bigtrain.model.batch import Batch
 from bigtrain.model.build import build_model
+from bigtrain.optim import learning_rate
+from bigtrain.plan.scaling import peak_learning_rate
+from bigtrain.recorder import Recorder
+from bigtrain.rundir import RunDir
+from bigtrain.signals import StopFlag
+from bigtrain.trainer import Trainer
 
 
 @dataclass
@@ -34,7 +41,7 @@ class Parts:
     tokenizer: Tokenizer
     loader: Loader
     held_out: list[Batch]
-    """This rank's held-out microbatches; empty when the dataset has no held-out window."""
+    """This rank's held-out microbatches; empty when the dataset has no held-out token."""
     engine: Engine
     schedule: BatchSchedule
 
@@ -59,13 +66,15 @@ class Parts:
 def assemble(config: Config, mesh: Mesh) -> Parts:
     """Build everything a run needs. Raises UserError for whatever does not fit together."""
     torch.set_num_threads(config.layout.threads or max(1, (os.cpu_count() or 1) // mesh.place.local_world))
-    same_on_every_rank(config, mesh)
+    _check_same_config(config, mesh)
     schedule = BatchSchedule.of(config)
     check_layout(schedule, config.train.microbatch, mesh.data_size)
-    corpus = Corpus.open(config.data.path, split="train")
+    corpus = Corpus.open(config.data.path)
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
-    check_vocabulary(config, tokenizer)
     loader = loader_of(config, corpus, tokenizer)
+    _ = loader.windows  # a corpus too short for one sequence is said before anything is built
+    check_engine(config, engine_name(config, mesh.world), mesh.world)
+    held_out = held_out_of(config, tokenizer, mesh)
     model = build_model(
         config.model,
         config.loss,
@@ -74,7 +83,101 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
         device=mesh.device,
         seed=config.train.seed,
     )
-    engine = make_engine(model, config, mesh)
     return Parts(
-        config, mesh, corpus, tokenizer, loader, held_out_of(config, tokenizer, mesh), engine, schedule
+        config, mesh, corpus, tokenizer, loader, held_out, make_engine(model, config, mesh), schedule
     )
+
+
+def loader_of(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Loader:
+    """The loader that a config asks for over one split."""
+    return Loader(
+        corpus,
+        sequence_length=config.data.sequence_length,
+        seed=config.train.seed,
+        document_mask=config.data.document_mask,
+        objective=config.model.objective,
+        mask_rate=config.loss.mask_rate,
+        mask_id=tokenizer.mask_id,
+        vocab_size=config.model.vocab_size,
+        prefetch=config.data.prefetch,
+    )
+
+
+def held_out_of(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> list[Batch]:
+    """This rank's share of the held-out sequences, the same ones at every evaluation."""
+    corpus = Corpus.open(config.data.path, "validation")
+    if corpus.num_tokens < 2:
+        return []
+    loader = loader_of(config, corpus, tokenizer)
+    count, rows = config.train.eval_sequences, config.train.microbatch
+    return list(loader.validation_batches(count, rows, rank=mesh.data_rank, ranks=mesh.data_size))
+
+
+def _check_same_config(config: Config, mesh: Mesh) -> None:
+    """UserError when ranks were started with different configs: their losses would be meaningless."""
+    digests = mesh.gather(hashlib.sha256(render(config).encode()).hexdigest())
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise UserError(
+            f"ranks {others} have another config than rank 0",
+            where=f"rank {mesh.rank}",
+            do="start every rank with the same command and the same file",
+        )
+
+
+def train(config: Config, run: str | Path, *, fresh: bool = False) -> int:
+    """Train to the end, or until a signal asks to stop. Returns the exit code 0 (done or preempted).
+
+    Resumes from the newest sound checkpoint in the run directory. Raises UserError before anything is
+    changed, RunError when the run fails; outcome.json then says so.
+    """
+    startup = Startup()
+    startup.done("imports")
+    stop = StopFlag()
+    mesh = rendezvous()
+    try:
+        parts = assemble(config, mesh)
+        startup.done("model and data")
+        run_dir = RunDir.open(run, config, fresh=fresh, mesh=mesh, data=parts.corpus.manifest_hash)
+        try:
+            _run(parts, Recorder(parts, run_dir, startup), stop)
+        finally:
+            run_dir.close()
+            parts.close()
+    finally:
+        mesh.close()
+        stop.close()
+    return 0
+
+
+def _run(parts: Parts, recorder: Recorder, stop: StopFlag) -> None:
+    """Resume, train, and write how it ended."""
+    try:
+        progress = recorder.resume()
+        total = parts.schedule.total_steps(parts.config, progress)
+        peak = peak_learning_rate(
+            parts.config, parts.schedule.samples(total) * parts.config.data.sequence_length
+        )
+        recorder.begin(progress, total, peak)
+        trainer = Trainer(
+            config=parts.config,
+            mesh=parts.mesh,
+            engine=parts.engine,
+            observer=recorder,
+            schedule=parts.schedule,
+            learning_rate=partial(_rate, parts.config, peak.value, total),
+            total_steps=total,
+            progress=progress,
+            held_out_batches=parts.held_out,
+            token_bytes=parts.tokenizer.token_bytes(),
+            stop=stop,
+        )
+        state = trainer.run(parts.steps(progress, total)) if progress.step < total else "done"
+        recorder.finish(state, trainer.progress, stop.signal_name or "")
+    except BaseException as e:
+        recorder.fail(str(e) if isinstance(e, BigtrainError) else f"{type(e).__name__}: {e}")
+        raise
+
+
+def _rate(config: Config, peak: float, total_steps: int, step: int) -> float:
+    return learning_rate(config.optim, peak, step, total_steps)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from bigtrain.budget import BatchSchedule, Progress
 from bigtrain.config import Config
@@ -47,18 +50,20 @@ class Trainer:
     total_steps: int
     progress: Progress
     held_out_batches: Sequence[Batch]
-    token_bytes: object
+    token_bytes: npt.NDArray[np.int64]
     stop: StopFlag
     _skipped: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_step: int = -1
 
-    def run(self, steps: Iterator[list[Batch]]) -> str:
+    def run(self, steps: Iterator[list[Batch]]) -> Literal["done", "preempted"]:
         """Train on `steps` (this rank's microbatches of every step left). Returns "done" or "preempted".
 
         Raises RunError after `train.max_skipped` steps in a row that were not finite.
         """
         self._saved_step = self.progress.step
+        if self.progress.step == 0 and self.config.train.eval_every:
+            self._evaluate()  # what the untrained model makes of it: where the curve starts
         while self.progress.step < self.total_steps:
             started = time.perf_counter()
             microbatches = next(steps)
@@ -76,8 +81,7 @@ class Trainer:
                 self._save()
             if self.config.train.eval_every and self.progress.step % self.config.train.eval_every == 0:
                 self._evaluate()
-        every = self.config.train.eval_every
-        if not every or self.progress.step % every:
+        if not self.config.train.eval_every or self.progress.step % self.config.train.eval_every:
             self._evaluate()
         self._save()
         return "done"

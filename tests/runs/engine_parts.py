@@ -54,7 +54,7 @@ def make_config(
 
 def make_model(config: Config) -> torch.nn.Module:
     """The real model with its initial weights."""
-    return build_model(config.model, config.loss, seed=config.train.seed)
+    return build_model(config.model, config.loss, recompute=config.layout.recompute, seed=config.train.seed)
 
 
 def lr_of(step: int) -> float:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_a_run_leaves_everything_that_the_contract_names(tiny: Tiny, whole: Path
     assert records[30]["tokens"] == 30 * 8 * 32
     assert losses_of(whole)[-1] < losses_of(whole)[0] - 0.3
     evaluations = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines() if '"eval"' in x]
-    assert [e["step"] for e in evaluations] == [10, 20, 30]
+    assert [e["step"] for e in evaluations] == [0, 10, 20, 30]
     kept = sorted(p.name for p in (whole / "checkpoints").iterdir())
     assert kept == ["step_00000020", "step_00000025", "step_00000030"]
 
@@ -229,3 +230,25 @@ def test_dry_prints_the_resolved_config_and_what_follows(tiny: Tiny, tmp_path: P
     for word in ("parameters", "FLOPs", "Step Law", "[model]", "tokens"):
         assert word in dry.out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_torchrun_script_passes_a_signal_on_and_every_rank_saves(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+    sets = ["--set", "train.steps=100000", "--set", "checkpoint.every_steps=0", "--set", "train.eval_every=0"]
+    process = subprocess.Popen(
+        ["bash", str(script), str(tiny.config), "--run", str(run), *sets],
+        env={**tiny.environment(), "NPROC": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["state"] == "preempted", err
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{outcome['step']:08d}"]

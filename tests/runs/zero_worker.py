@@ -14,72 +14,109 @@ from typing import Any
 import torch
 
 from bigtrain.engine import Engine, make_engine
+from bigtrain.engine.reference import ReferenceEngine
 from bigtrain.mesh import Mesh, rendezvous
-from tests.runs.engine_parts import STEPS, fill, gathered, make_config, make_model, microbatches, train
+from tests.runs.engine_parts import (
+    STEPS,
+    Tensors,
+    assemble,
+    fill,
+    gathered,
+    local_boxes,
+    lr_of,
+    make_config,
+    make_model,
+    microbatches,
+    sample,
+    train,
+)
+
+Case = dict[str, Any]
 
 
-def build(case: dict[str, Any], mesh: Mesh) -> Engine:
+def build(case: Case, mesh: Mesh) -> Engine:
     """The case's engine on a fresh model."""
     config = make_config(**case["config"])
     return make_engine(make_model(config), config, mesh)
 
 
-def plain(case: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def plain(case: Case, mesh: Mesh) -> Case:
     """Train, evaluate, and all logical tensors at the end."""
     engine = build(case, mesh)
-    found = train(engine, range(case.get("steps", STEPS)), mesh)
-    (nll,) = mesh.sum([engine.eval_step(b) for b in microbatches(5, mesh)[0]][:1])
-    tensors = gathered(engine, mesh)
-    extra = engine.extra_state()
+    found: Case = train(engine, range(case.get("steps", STEPS)), mesh)
+    (found["nll"],) = mesh.sum([engine.eval_step(sample(mesh.rank))])
+    found |= {"tensors": gathered(engine, mesh), "extra": engine.extra_state()}
     engine.close()
-    return {**found, "nll": nll, "tensors": tensors, "extra": extra}
+    return found
 
 
-def nan(case: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """A step with a NaN on the last rank only, between good ones."""
+def mean_of_means(case: Case, mesh: Mesh) -> Case:
+    """The planted error: every rank divides by its own count, and the ranks are averaged."""
     engine = build(case, mesh)
-    model = engine.model if hasattr(engine, "model") else engine.engine.module  # type: ignore[attr-defined]
-    head = model.lm_head
-    before = [train(engine, range(2), mesh), gathered(engine, mesh)]
-    poison = {"left": 1}
+    losses, norms = [], []
+    for step in range(case["steps"]):
+        batches, _ = microbatches(step, mesh)
+        own = sum(b.counted() for b in batches)
+        result = engine.train_step(batches, own * mesh.world, lr_of(step))
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    engine.close()
+    return {"loss": losses, "norm": norms}
 
-    def poisoned(module: Any, arguments: Any, out: Any) -> Any:
-        if mesh.rank != mesh.world - 1 or not poison["left"]:
+
+def nan(case: Case, mesh: Mesh) -> Case:
+    """Steps 0 and 1, a step 2 with a NaN in one microbatch of the last rank only, then steps 3 to 5."""
+    engine = build(case, mesh)
+    model: Any = engine.engine.module if hasattr(engine, "engine") else engine.model  # type: ignore[attr-defined]
+    train(engine, range(2), mesh)
+    before, extra = gathered(engine, mesh), engine.extra_state()
+    calls = {"left": 1 if mesh.rank == mesh.world - 1 else 0}
+
+    def poison(module: Any, arguments: Any, out: Any) -> Any:
+        if not calls["left"]:
             return out
-        poison["left"] -= 1
+        calls["left"] -= 1
         return out._replace(objective=out.objective * float("nan"))
 
-    hook = head.register_forward_hook(poisoned)
-    batches, counted = microbatches(2, mesh)
-    result = engine.train_step(batches, counted, 1e-3)
+    hook = model.lm_head.register_forward_hook(poison)
+    result = engine.train_step(*microbatches(2, mesh), lr_of(2))
     hook.remove()
     after = gathered(engine, mesh)
-    more = train(engine, range(3, 6), mesh)
-    found = {
-        "skipped": [bool(x) for x in mesh.gather(result.skipped)],
-        "extra_after": engine.extra_state(),
-        "same": all(torch.equal(before[1][k], after[k]) for k in after),
-        "after": more,
+    found: Case = {
+        "skipped": mesh.gather(result.skipped),
+        "extra": [extra, engine.extra_state()],
+        "unchanged": equal(before, after),
+        **train(engine, range(3, 6), mesh),
         "tensors": gathered(engine, mesh),
     }
     engine.close()
     return found
 
 
-def resume(case: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Go on from logical tensors that another engine left, then take them out again."""
-    engine = build(case, mesh)
-    start = torch.load(case["from"], weights_only=True)
+def resume(case: Case, mesh: Mesh) -> Case:
+    """Go on from logical tensors that another engine left. layout None: a reference engine on every rank."""
+    start = torch.load(Path(case["folder"]) / f"{case['from']}.pt", weights_only=True)
+    if case["config"].get("layout"):
+        engine, share = build(case, mesh), mesh
+    else:
+        config = make_config(**case["config"])
+        engine, share = ReferenceEngine(make_model(config), config), None
     fill(engine, start["tensors"], start["extra"])
-    filled = gathered(engine, mesh)
-    same = (
-        all(torch.equal(filled[k], v) for k, v in start["tensors"].items())
-        and filled.keys() == start["tensors"].keys()
-    )
-    found = train(engine, range(case["first"], case["last"]), mesh)
-    tensors, extra = gathered(engine, mesh), engine.extra_state()
+    filled = gathered(engine, mesh) if share else assemble(local_boxes(engine))
+    found: Case = train(engine, range(*case["steps"]), share)
+    found["same"] = equal(start["tensors"], filled)
+    found["tensors"] = gathered(engine, mesh) if share else assemble(local_boxes(engine))
+    found["extra"] = engine.extra_state()
     engine.close()
-    return {**found, "tensors": tensors, "extra": extra, "same": same}
+    return found
+
+
+def equal(one: Tensors, two: Tensors) -> bool:
+    """Same names, same bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+RUNS = {"plain": plain, "nan": nan, "resume": resume, "mean_of_means": mean_of_means}
 
 
 def main(cases: Path, folder: Path) -> None:
@@ -88,11 +125,10 @@ def main(cases: Path, folder: Path) -> None:
     mesh = rendezvous(timeout_minutes=1.0)
     for case in json.loads(cases.read_text()):
         started = time.perf_counter()
-        run = {"plain": plain, "nan": nan, "resume": resume}[case["run"]]
-        found = run(case, mesh)
-        found["seconds"] = time.perf_counter() - started
+        found = RUNS[case["run"]]({**case, "folder": str(folder)}, mesh)
         if mesh.first:
             torch.save(found, folder / f"{case['name']}.pt")
+            print(f"{case['name']} {time.perf_counter() - started:.1f} s", flush=True)
         mesh.barrier()
     mesh.close()
 

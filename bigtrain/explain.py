@@ -1,0 +1,243 @@
+"""`bigtrain inspect` and `train --dry`: say what a path is, what is in it, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bigtrain.budget import BatchSchedule, Progress
+from bigtrain.config import Config
+from bigtrain.configfile import find_config, load, render
+from bigtrain.errors import UserError
+from bigtrain.plan.flops import flops_per_token, non_embedding_parameters, parameters
+from bigtrain.plan.scaling import chinchilla_tokens, peak_learning_rate
+
+
+def explain(path: str, *, verify: bool = False) -> str:
+    """A few lines about a run, a checkpoint, a dataset, a shard, a tokenizer or a config.
+
+    `verify` reads all data and compares checksums. Raises UserError when it is none of these or damaged.
+    """
+    where = Path(path)
+    if (where / "manifest.json").is_file():
+        return _checkpoint(where, verify=verify, tensors=True)
+    if (where / "dataset.json").is_file():
+        return _dataset(where, verify=verify)
+    if (where / "config.toml").is_file():
+        return _run(where, verify=verify)
+    if where.suffix in (".bin", ".idx"):
+        return _shard(where)
+    if where.suffix == ".model" and where.is_file():
+        return _tokenizer(where)
+    if where.exists() and where.suffix != ".toml":
+        raise UserError(
+            "is no run, checkpoint, dataset, shard, tokenizer or config",
+            where=path,
+            do="runs hold config.toml, checkpoints manifest.json, datasets dataset.json",
+        )
+    return explain_config(load(find_config(path)))
+
+
+def explain_config(config: Config, *, full: bool = False) -> str:
+    """What a config means; `full` adds the resolved config itself. Reads the dataset if it is there."""
+    lines = [*_model_lines(config), *_budget_lines(config), *_data_lines(config), *_state_lines(config)]
+    return (render(config) + "\n" if full else "") + "\n".join(lines)
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:17s}{text}"
+
+
+def _model_lines(config: Config) -> list[str]:
+    m, S = config.model, config.data.sequence_length
+    total, inner = parameters(m), non_embedding_parameters(m)
+    flops = flops_per_token(m, S)
+    shape = f"{m.layers} layers, width {m.width}"
+    if m.kind == "transformer":
+        shape += f", {m.num_heads} heads ({m.num_kv_heads} kv) of {m.dim_per_head}, ffn {m.ffn}"
+    return [
+        _line("model", f"{m.kind}, {m.objective}: {shape}, vocabulary {m.vocab_size:,}"),
+        _line("parameters", f"{total:,} ({inner:,} without embeddings)"),
+        _line("FLOPs", f"{flops.forward:.4g} a token forward, {flops.training:.4g} in training (S = {S:,};"),
+        _line("", f"{flops.training_visible:.4g} counting only the keys that a query sees)"),
+    ]
+
+
+def _budget_lines(config: Config) -> list[str]:
+    schedule = BatchSchedule.of(config)
+    steps = schedule.total_steps(config, Progress())
+    tokens = schedule.samples(steps) * config.data.sequence_length
+    flops = flops_per_token(config.model, config.data.sequence_length).training * tokens
+    good = chinchilla_tokens(parameters(config.model))
+    lr = peak_learning_rate(config, tokens)
+    return [
+        _line(
+            "batch", f"{schedule.full:,} sequences, {schedule.full * config.data.sequence_length:,} tokens"
+        ),
+        _line("run", f"{steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs"),
+        _line("", f"{tokens / parameters(config.model):.1f} tokens a parameter ({good.source})"),
+        _line(
+            "learning rate",
+            f"{lr.value:.3g}, {config.optim.kind}, {config.optim.schedule} after "
+            f"{config.optim.warmup_steps} warm-up steps; {lr.source}"
+            + (" (outside the range it was fitted on)" if lr.extrapolated else ""),
+        ),
+    ]
+
+
+def _data_lines(config: Config) -> list[str]:
+    from bigtrain.data.manifest import read_manifest
+
+    folder = Path(config.data.path)
+    if not (folder / "dataset.json").is_file():
+        return [_line("data", f"{folder} is not prepared yet")]
+    train = sum(s.tokens for s in read_manifest(folder).splits["train"])
+    schedule = BatchSchedule.of(config)
+    steps = schedule.total_steps(config, Progress())
+    consumed = schedule.samples(steps) * config.data.sequence_length
+    return [_line("data", f"{folder}: {train:,} tokens, read {consumed / max(train, 1):.2f} times")]
+
+
+def _state_lines(config: Config) -> list[str]:
+    """Memory of weights, gradients and optimizer state by ZeRO level, and the size of a checkpoint."""
+    total = parameters(config.model)
+    moments = {"adamw": 2, "muon": 2, "sgd": 1}[config.optim.kind]
+    weight = 4 if config.train.precision == "fp32" else 2
+    master = 0 if config.train.precision == "fp32" else 4
+    optimizer = 4 * moments + master
+    levels = {
+        0: lambda n: weight + 4 + optimizer,
+        1: lambda n: weight + 4 + optimizer / n,
+        2: lambda n: weight + (4 + optimizer) / n,
+        3: lambda n: (weight + 4 + optimizer) / n,
+    }
+    zero = config.layout.zero
+    figures = ", ".join(f"{_bytes(total * levels[zero](n))} on {n}" for n in (1, 8, 64))
+    return [
+        _line("states a rank", f"ZeRO {zero}, {config.train.precision}: {figures} ranks (no activations)"),
+        _line("a checkpoint", f"{_bytes(total * 4 * (1 + moments))} on disk"),
+    ]
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _run(folder: Path, *, verify: bool) -> str:
+    from bigtrain.checkpoint.store import list_checkpoints
+
+    config = load(folder / "config.toml")
+    lines = [_line("run", str(folder)), *_model_lines(config), *_budget_lines(config), ""]
+    outcome = folder / "outcome.json"
+    if outcome.is_file():
+        o = json.loads(outcome.read_text())
+        lines.append(
+            _line(
+                "outcome",
+                f"{o['state']} at step {o['step']:,}" + (f": {o['reason']}" if o.get("reason") else ""),
+            )
+        )
+    else:
+        lines.append(_line("outcome", "none yet: running, or killed (the same train command resumes)"))
+    step, evaluation = _last_records(folder / "metrics.jsonl")
+    if step:
+        lines.append(
+            _line("last step", f"{step['step']:,}, loss {step['loss']:.4f}, {step['tokens']:,} tokens")
+        )
+    if evaluation:
+        lines.append(
+            _line(
+                "held out",
+                f"step {evaluation['step']:,}: loss {evaluation['loss']:.4f}, "
+                f"{evaluation['bits_per_byte']:.4f} bits per byte",
+            )
+        )
+    found = list_checkpoints(folder / "checkpoints")
+    lines.append(_line("checkpoints", str(len(found))))
+    lines += ["", *(_checkpoint(p, verify=verify) for p in found)]
+    lines.append(_line("on disk", _bytes(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))))
+    return "\n".join(lines)
+
+
+def _last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The last whole step and eval records."""
+    last: dict[str, dict[str, Any]] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the torn last line of a killed run
+            last[record["kind"]] = record
+    return last.get("step"), last.get("eval")
+
+
+def _checkpoint(folder: Path, *, verify: bool, tensors: bool = False) -> str:
+    from bigtrain.checkpoint.describe import describe, tensor_lines
+    from bigtrain.checkpoint.format import DamagedError
+
+    try:
+        found = describe(folder, verify=verify)
+    except DamagedError as e:
+        return f"checkpoint  {folder}\nDAMAGED     {e}"
+    return "\n".join([str(found), *(["", *tensor_lines(found)] if tensors else []), ""])
+
+
+def _dataset(folder: Path, *, verify: bool) -> str:
+    from bigtrain.data.corpus import Corpus
+    from bigtrain.data.corpus import verify as verify_dataset
+    from bigtrain.data.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    lines = [_line("dataset", str(folder))]
+    for name, shards in manifest.splits.items():
+        Corpus.open(folder, name)  # type: ignore[arg-type]  # names come from the manifest
+        tokens, size = sum(s.tokens for s in shards), sum(s.text_bytes for s in shards)
+        lines.append(
+            _line(
+                name,
+                f"{tokens:,} tokens in {len(shards)} shards, {sum(s.documents for s in shards):,} documents, "
+                f"{size:,} bytes of text ({size / max(tokens, 1):.2f} bytes a token)",
+            )
+        )
+    lines.append(_line("tokenizer", _tokenizer_text(folder / "tokenizer.model")))
+    lines.append(_line("on disk", _bytes(sum(f.stat().st_size for f in folder.iterdir()))))
+    state = (
+        f"sound: {_bytes(verify_dataset(folder))} read and compared"
+        if verify
+        else "sizes fit (--verify reads all)"
+    )
+    lines.append(_line("health", state))
+    return "\n".join(lines)
+
+
+def _shard(path: Path) -> str:
+    from bigtrain.data.shards import read_index
+
+    index = read_index(path.with_suffix(".idx"))
+    tokens = int(index.lengths.sum())
+    size = os.path.getsize(path.with_suffix(".bin"))
+    return "\n".join(
+        [
+            _line("shard", str(path.with_suffix(".bin"))),
+            _line("tokens", f"{tokens:,} {index.dtype} in {len(index.lengths):,} documents"),
+            _line("on disk", _bytes(size)),
+        ]
+    )
+
+
+def _tokenizer(path: Path) -> str:
+    return _line("tokenizer", f"{path}: {_tokenizer_text(path)}")
+
+
+def _tokenizer_text(path: Path) -> str:
+    from bigtrain.data.tokenizer import Tokenizer
+
+    t = Tokenizer.load(path)
+    return f"SentencePiece, {t.vocab_size:,} pieces, BOS {t.bos_id}, EOS {t.eos_id}, sha256 {t.sha256[:12]}"

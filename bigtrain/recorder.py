@@ -1,0 +1,167 @@
+"""What a run leaves behind: metrics, checkpoints, the console's lines, the outcome."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from bigtrain.budget import Progress
+from bigtrain.checkpoint.store import prune, resume, save
+from bigtrain.console import Console, Startup, summary
+from bigtrain.engine import StepResult, engine_name
+from bigtrain.heldout import HeldOut
+from bigtrain.metrics import Meter, peak_flops, read_records, recent_losses
+from bigtrain.plan.flops import flops_per_token
+from bigtrain.plan.scaling import Suggestion
+from bigtrain.rundir import RunDir, State
+from bigtrain.sinks import Sinks, open_sinks
+
+if TYPE_CHECKING:
+    from bigtrain.train import Parts
+
+_log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """The trainer's observer. Rank 0 writes and prints; saving is the work of all ranks."""
+
+    def __init__(self, parts: Parts, run: RunDir, startup: Startup) -> None:
+        self.parts = parts
+        self.run = run
+        self.startup = startup
+        self.progress = Progress()
+        self.console: Console | None = None
+        self._sinks = Sinks([], warn=_log.warning)
+        self._meter: Meter | None = None
+
+    def resume(self) -> Progress:
+        """Fill the engine from the newest sound checkpoint; where the run stands (the start without one)."""
+        parts = self.parts
+        found = resume(
+            self.run.checkpoints,
+            lambda: parts.engine.pieces(owned=False),
+            parts.mesh,
+            verify=parts.config.checkpoint.verify,
+        )
+        if found is not None:
+            parts.engine.loaded(found.state["engine"])
+            self.progress = Progress(**found.state["progress"])
+            self.run.notes.extend(found.warnings)
+            self.run.notes.append(f"resumed from {found.path.name}")
+        self.run.begin(self.progress.step)
+        self.startup.done("resume")
+        return self.progress
+
+    def begin(self, progress: Progress, total_steps: int, peak: Suggestion) -> None:
+        """Open the sinks and the console, tell what is about to happen."""
+        parts, config = self.parts, self.parts.config
+        if not parts.mesh.first:
+            return
+        shutil.copyfile(parts.tokenizer.path, self.run.path / "tokenizer.model")
+        self.console = Console(
+            total_steps=total_steps,
+            every_steps=config.log.every_steps,
+            tokens_total=parts.schedule.samples(total_steps) * config.data.sequence_length,
+            device=parts.mesh.device,
+            devices=parts.mesh.world,
+            startup=self.startup,
+        )
+        for note in self.run.notes:
+            self.console.say(note)
+        source = (
+            f" ({peak.source}{', extrapolated' if peak.extrapolated else ''})"
+            if config.optim.lr is None
+            else ""
+        )
+        engine = engine_name(config, parts.mesh.world)
+        self.console.say(
+            f"{self.run.path}: steps {progress.step + 1:,} to {total_steps:,} on {parts.mesh.world} x "
+            f"{parts.mesh.device.type}, {engine} engine"
+            + (f" (ZeRO {config.layout.zero})" if engine == "zero" else "")
+            + f", {config.train.precision}, peak lr {peak.value:.3g}{source}"
+        )
+        flops = flops_per_token(config.model, config.data.sequence_length).training
+        self._meter = Meter(
+            devices=parts.mesh.world,
+            tokens=progress.tokens,
+            tokens_per_epoch=parts.corpus.num_tokens,
+            flops_per_token=flops,
+            peak_flops=self._peak_flops(),
+            device=parts.mesh.device,
+            recent=recent_losses(read_records(self.run.metrics)),
+        )
+        self._sinks = open_sinks(
+            config.log, self.run.path, config.name, step=progress.step, warn=self.console.say
+        )
+
+    def on_step(self, progress: Progress, result: StepResult, lr: float, seconds: float) -> None:
+        """See `trainer.Observer`."""
+        self.progress = progress
+        if self._meter is None or self.console is None:
+            return
+        record = self._meter.step(progress, result, lr, seconds)
+        self._sinks.write(record)
+        self.console.step(record)
+        if result.skipped:
+            self.console.say(
+                f"step {progress.step}: the loss or gradient was not finite; the update is skipped"
+            )
+
+    def on_eval(self, progress: Progress, result: HeldOut) -> None:
+        """See `trainer.Observer`."""
+        if self._meter is not None and self.console is not None:
+            record = self._meter.evaluation(progress, result)
+            self._sinks.write(record)
+            self.console.evaluation(record)
+
+    def on_save(self, progress: Progress) -> None:
+        """See `trainer.Observer`. Collective; raises RunError on every rank when one cannot write."""
+        parts, config = self.parts, self.parts.config
+        self._sinks.flush()
+        state: dict[str, Any] = {
+            "progress": asdict(progress),
+            "engine": parts.engine.extra_state(),
+            "model": config.model.model_dump(),
+            "data": parts.corpus.manifest_hash,
+            "layout": {
+                "world": parts.mesh.world,
+                "engine": engine_name(config, parts.mesh.world),
+                "zero": config.layout.zero,
+                "precision": config.train.precision,
+            },
+        }
+        path = save(self.run.checkpoints, progress.step, parts.engine.pieces(owned=True), state, parts.mesh)
+        if parts.mesh.first:
+            prune(self.run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        if self.console is not None:
+            self.console.saved(path)
+
+    def finish(self, state: State, progress: Progress, reason: str) -> None:
+        """The run ended as it should: say so, in outcome.json and on the console."""
+        self._close()
+        self.run.finish(state, progress.step, reason)
+        if self.parts.mesh.first:
+            again = "the same command goes on from here" if state == "preempted" else ""
+            print("\n" + summary(self.run.path, again), flush=True)
+
+    def fail(self, reason: str) -> None:
+        """The run ended as it should not."""
+        self._close()
+        self.run.finish("failed", self.progress.step, reason)
+
+    def _close(self) -> None:
+        self._sinks.close()
+        if self.console is not None:
+            self.console.close()
+            self.console = None
+
+    def _peak_flops(self) -> float | None:
+        import torch
+
+        given = self.parts.config.log.peak_tflops
+        if given is not None:
+            return given * 1e12
+        device = self.parts.mesh.device
+        return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
