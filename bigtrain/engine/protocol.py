@@ -104,6 +104,14 @@ def check_engine(config: Config, name: str, world: int) -> None:
             where="optim.kind",
             do='use layout.zero = 0, or optim.kind = "adamw"',
         )
+    if config.model.kind == "lstm" and layout.zero == 3:
+        # It calls its layers once a document segment, so not equally often on all ranks, and ZeRO-3 gathers
+        # weights at every call.
+        raise UserError(
+            "the lstm calls its layers a different number of times on each rank, so ZeRO 3 cannot gather them",
+            where="layout.zero",
+            do="use layout.zero = 2",
+        )
     if layout.offload == "optimizer" and layout.zero == 0:
         raise UserError(
             "ZeRO 0 keeps the optimizer state where the weights are",

@@ -52,7 +52,7 @@ class ReplicaEngine(ReferenceEngine):
         return hook
 
     def _send(self) -> None:
-        """Start the sum of the waiting gradients. Autograd's order, and so the buckets, agree on all ranks."""
+        """Start the sum of the waiting gradients. Autograd's order, so the buckets, agree on all ranks."""
         flat = torch.cat([g.flatten() for g in self._ready])
         work = dist.all_reduce(flat, group=self.mesh.group, async_op=True)
         assert work is not None

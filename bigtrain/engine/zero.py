@@ -216,6 +216,9 @@ def import_deepspeed(mesh: Mesh) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # On a CPU it would compile a shared-memory all-reduce first: 40-220 s, and a stale lock hangs it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if mesh.device.type == "cpu":
+            # It refuses fp16 where the CPU has no instructions for it; torch computes it everywhere.
+            deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         if not dist.is_initialized():
             backend = "nccl" if mesh.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

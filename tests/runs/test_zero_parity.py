@@ -42,13 +42,17 @@ def zero(level: int, offload: str = "none") -> Case:
     return {"engine": "zero", "zero": level, "offload": offload}
 
 
-def plain(name: str, level: int, *, steps: int = STEPS, offload: str = "none", **config: Any) -> Case:
-    return {
-        "name": name,
-        "run": "plain",
-        "steps": steps,
-        "config": {"layout": zero(level, offload), **config},
-    }
+def plain(
+    name: str,
+    level: int,
+    *,
+    steps: int = STEPS,
+    offload: str = "none",
+    recompute: str = "none",
+    **config: Any,
+) -> Case:
+    layout = {**zero(level, offload), "recompute": recompute}
+    return {"name": name, "run": "plain", "steps": steps, "config": {"layout": layout, **config}}
 
 
 def resumed(name: str, source: str, layout: Case | None, steps: tuple[int, int], **config: Any) -> Case:
@@ -63,11 +67,11 @@ def resumed(name: str, source: str, layout: Case | None, steps: tuple[int, int],
 
 TWO: list[Case] = [
     *(plain(f"fp32-{z}", z) for z in range(4)),
-    *(plain(f"bf16-{z}", z, steps=10, precision="bf16") for z in range(4)),
+    *(plain(f"bf16-{z}", z, steps=8, precision="bf16") for z in range(4)),
     *(plain(f"fp16-{z}", z, steps=4, precision="fp16") for z in range(4)),
     *(plain(f"offload-{z}", z, steps=6, offload="optimizer") for z in (1, 2, 3)),
     plain("offload-bf16-2", 2, steps=6, offload="optimizer", precision="bf16"),
-    *(plain(f"sgd-{z}", z, steps=8, optim=SGD) for z in range(4)),
+    *(plain(f"sgd-{z}", z, steps=5, optim=SGD) for z in range(4)),
     *(plain(f"lstm-{z}", z, steps=8, model=LSTM, optim=SGD) for z in range(3)),
     plain("muon-0", 0, steps=8, optim=MUON),
     *(plain(f"recompute-{z}", z, steps=4, recompute="full") for z in (2, 3)),
@@ -90,7 +94,7 @@ TWO: list[Case] = [
     resumed("hop-3", "hop-reference", zero(3), (5, 8)),
     resumed("hop-0", "hop-3", zero(0), (8, 10)),
 ]
-ONE = [plain(f"fp32-{z}", z, steps=8) for z in range(4)]
+ONE = [plain(f"fp32-{z}", z, steps=5) for z in range(4)]
 FOUR = [*(plain(f"fp32-{z}", z) for z in range(4)), plain("lstm-1", 1, steps=4, model=LSTM, optim=SGD)]
 
 
@@ -163,7 +167,7 @@ def check_same(found: Case, expected: Case, bound: float = FP32) -> None:
 
 @pytest.mark.parametrize("level", range(4))
 def test_fp32_on_one_process(one: Callable[[str], Case], level: int) -> None:
-    check_same(one(f"fp32-{level}"), reference(8))
+    check_same(one(f"fp32-{level}"), reference(5))
 
 
 @pytest.mark.parametrize("level", range(4))
@@ -209,9 +213,9 @@ def test_the_sixteen_bit_bound_fails_on_a_shuffled_gradient() -> None:
     for name, weight in zip(engine.names, engine.weights, strict=True):
         if name == "layers.0.self_attn.k_proj.weight":
             weight.register_hook(lambda g: g.flip(0))
-    found: Case = train(engine, range(10))
+    found: Case = train(engine, range(8))
     found["tensors"] = assemble(local_boxes(engine))
-    assert movement_error(found, reference(10, precision=json.dumps("bf16"))) > 16 * 2.0**-8
+    assert movement_error(found, reference(8, precision=json.dumps("bf16"))) > 16 * 2.0**-8
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
@@ -230,7 +234,7 @@ def test_recomputed_activations(two: Callable[[str], Case], level: int) -> None:
 
 @pytest.mark.parametrize("level", range(4))
 def test_sgd(two: Callable[[str], Case], level: int) -> None:
-    check_same(two(f"sgd-{level}"), reference(8, optim=json.dumps(SGD)))
+    check_same(two(f"sgd-{level}"), reference(5, optim=json.dumps(SGD)))
 
 
 @pytest.mark.parametrize("level", range(3))
@@ -299,7 +303,7 @@ def test_going_on_in_another_layout(two: Callable[[str], Case]) -> None:
 
 
 def test_batches_are_as_unequal_as_the_docstring_says() -> None:
-    counts = [b.counted() for b in microbatches(6)[0]]
+    counts = [b.counted() for b in microbatches(7)[0]]
     assert 0 in counts
     assert max(counts) == 24
     assert len({len(microbatches(s)[0]) for s in range(STEPS)}) == 2
