@@ -22,11 +22,12 @@ class Cache:
         """An upper bound of `lengths` known without asking the device."""
         self.counts: torch.Tensor | None = None
         """(B,) real tokens a row in the next call; None: all of them."""
+        self._most = 0
 
     def expect(self, counts: list[int]) -> None:
         """Announce how many tokens of each row are real in the next call; the others are padding."""
         self.counts = torch.tensor(counts, dtype=torch.int64, device=self.lengths.device)
-        self._longest = max(counts)
+        self._most = max(counts)
 
     def advance(self, S: int) -> None:
         """Called by the model at the end of a forward pass over S tokens a row."""
@@ -35,7 +36,7 @@ class Cache:
             self.end += S
         else:
             self.lengths += self.counts
-            self.end += self._longest
+            self.end += self._most
         self.counts = None
 
 
@@ -48,6 +49,7 @@ class KVCache(Cache):
         """Room for `length` tokens in each of `rows` rows: 2 x layers x rows x length x K x D numbers."""
         super().__init__(rows, device)
         shape = (config.layers, rows, length, config.num_kv_heads, config.dim_per_head)
+        # Zeros, not empty: what the mask hides still meets a weight of 0, and 0 x NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._row = torch.arange(rows, device=device)[:, None]

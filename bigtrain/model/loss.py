@@ -17,6 +17,8 @@ from bigtrain.model.batch import IGNORE
 
 CHUNK_CPU = 1 << 20
 """Logits in one chunk on a CPU: 4 MB of fp32, so that the passes over them stay in cache."""
+CHUNK_TOKENS = 128
+"""Tokens in the smallest chunk: fewer would starve the matrix products."""
 CHUNK_GPU = 1 << 26
 """On a GPU: 256 MB of fp32, large enough to keep the matrix units busy."""
 
@@ -83,7 +85,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss: LossConfig,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         V, exact = weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-        chunk = max(1, (CHUNK_GPU if hidden.is_cuda else CHUNK_CPU) // V)
+        chunk = max(CHUNK_TOKENS, (CHUNK_GPU if hidden.is_cuda else CHUNK_CPU) // V)
         wanted = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if wanted else None
