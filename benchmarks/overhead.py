@@ -98,7 +98,7 @@ def compare(folder: Path, world: int, rounds: int, steps: int) -> dict[str, Any]
         run_dir = folder / "run"
         shutil.rmtree(run_dir, ignore_errors=True)
         began = time.time()
-        run([*start, "-m", "bigtrain", "train", str(config_file), "--run", str(run_dir)])
+        run([*start, "-m", "bigtrain", "train", str(config_file), "--run-dir", str(run_dir)])
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         ends = [r["time"] for r in records if r["kind"] == "step"]
         ours.append(timings({"first_step": ends[0] - began, "ends": ends}))

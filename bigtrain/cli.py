@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _EPILOG = """\
 the usual way through:
   bigtrain prepare my_texts/ --out data/mine --vocab-size 8000
-  bigtrain train quickstart --run runs/mine --set data.path=data/mine
-  bigtrain train quickstart --run runs/mine --set data.path=data/mine      (the same command resumes)
+  bigtrain train quickstart --run-dir runs/mine --set data.path=data/mine
+  bigtrain train quickstart --run-dir runs/mine --set data.path=data/mine      (the same command resumes)
   bigtrain evaluate runs/mine
   bigtrain generate runs/mine --prompt "Once upon a time"
 
@@ -106,7 +106,8 @@ RUN/ then holds config.toml, provenance.json, metrics.jsonl, checkpoints/, logs/
 Ctrl-C or TERM saves and stops; a second one leaves at once.""",
     )
     _config_arguments(p)
-    p.add_argument("--run", help="run directory (default runs/NAME)")
+    # Not --run: torchrun reads its script's options too and takes that for its own --run-path.
+    p.add_argument("--run-dir", help="run directory (default runs/NAME)")
     p.add_argument(
         "--fresh", action="store_true", help="start over; a former run is moved aside, not deleted"
     )
@@ -208,10 +209,10 @@ def _train(args: argparse.Namespace) -> int:
     if args.lr_find:
         from bigtrain.lr_find import lr_find
 
-        return lr_find(config, args.run or f"runs/{config.name}")
+        return lr_find(config, args.run_dir or f"runs/{config.name}")
     from bigtrain.train import train
 
-    return train(config, args.run or f"runs/{config.name}", fresh=args.fresh)
+    return train(config, args.run_dir or f"runs/{config.name}", fresh=args.fresh)
 
 
 def _generate(args: argparse.Namespace) -> int:

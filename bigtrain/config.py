@@ -245,7 +245,7 @@ class Config(Section):
     """One run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the run directory runs/NAME unless `--run` says otherwise."""
+    """Names the run directory runs/NAME unless `--run-dir` says otherwise."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

@@ -115,8 +115,8 @@ def _report(run: Path, data: str, before: str, settings: list[str]) -> None:
     print(f"\n== What happened ==\n{summary(run)}")
     print(
         f"\n== Go on ==\n"
-        f"train longer     bigtrain train quickstart --run {run} {sets} --set train.steps=3000\n"
+        f"train longer     bigtrain train quickstart --run-dir {run} {sets} --set train.steps=3000\n"
         f"let it write     bigtrain generate {run} --prompt 'def parse('\n"
         f"your own text    bigtrain prepare FOLDER --out data/mine --vocab-size 2048\n"
-        f"                 bigtrain train quickstart --run runs/mine --set data.path=data/mine"
+        f"                 bigtrain train quickstart --run-dir runs/mine --set data.path=data/mine"
     )

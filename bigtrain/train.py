@@ -65,7 +65,7 @@ class Parts:
 
 def assemble(config: Config, mesh: Mesh) -> Parts:
     """Build everything a run needs. Raises UserError for whatever does not fit together."""
-    torch.set_num_threads(config.layout.threads or max(1, (os.cpu_count() or 1) // mesh.place.local_world))
+    torch.set_num_threads(config.layout.threads or _default_threads(mesh))
     _check_same_config(config, mesh)
     schedule = BatchSchedule.of(config)
     check_layout(schedule, config.train.microbatch, mesh.data_size)
@@ -86,6 +86,15 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     return Parts(
         config, mesh, corpus, tokenizer, loader, held_out, make_engine(model, config, mesh), schedule
     )
+
+
+def _default_threads(mesh: Mesh) -> int:
+    """OMP_NUM_THREADS where a person set it (torchrun sets it to 1 for everyone), else an equal share."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if mesh.world == 1 and wanted.isdigit():
+        return max(1, int(wanted))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // mesh.place.local_world)
 
 
 def loader_of(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Loader:

@@ -89,7 +89,7 @@ class Tiny:
     def train(self, run: Path, *settings: str, processes: int = 1, flags: Sequence[str] = ()) -> Result:
         """`bigtrain train` into `run` with `--set` for each setting."""
         sets = [part for setting in settings for part in ("--set", setting)]
-        return self("train", str(self.config), "--run", str(run), *sets, *flags, processes=processes)
+        return self("train", str(self.config), "--run-dir", str(run), *sets, *flags, processes=processes)
 
 
 def steps_of(run: Path) -> dict[int, dict[str, Any]]:

@@ -52,9 +52,15 @@ def make_config(
     )
 
 
-def make_model(config: Config) -> torch.nn.Module:
-    """The real model with its initial weights."""
-    return build_model(config.model, config.loss, recompute=config.layout.recompute, seed=config.train.seed)
+def make_model(config: Config, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """The real model with its initial weights (on "meta": shapes only)."""
+    return build_model(
+        config.model,
+        config.loss,
+        recompute=config.layout.recompute,
+        device=device,
+        seed=config.train.seed,
+    )
 
 
 def lr_of(step: int) -> float:

@@ -26,7 +26,7 @@ def test_killed_ten_times_the_run_is_the_same_to_the_bit(tiny: Tiny, tmp_path: P
     kills = 0
     for _ in range(10):
         process = subprocess.Popen(
-            tiny.command("train", str(tiny.config), "--run", str(run), *sets),
+            tiny.command("train", str(tiny.config), "--run-dir", str(run), *sets),
             env=tiny.environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

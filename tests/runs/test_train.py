@@ -53,7 +53,7 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_bit(
 ) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
-        tiny.command("train", str(tiny.config), "--run", str(run), "--set", "checkpoint.every_steps=0"),
+        tiny.command("train", str(tiny.config), "--run-dir", str(run), "--set", "checkpoint.every_steps=0"),
         env=tiny.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -75,19 +75,26 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_bit(
     assert weights_of(run) == weights_of(whole)
 
 
+@pytest.fixture(scope="module")
+def constant(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one process whose learning rate does not depend on how long it is."""
+    run = tmp_path_factory.mktemp("constant") / "run"
+    done = tiny.train(run, "optim.schedule=constant", "train.eval_every=0")
+    assert done.code == 0, done.err
+    return run
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_two_processes_draw_the_same_curve_and_continue_on_one(
-    tiny: Tiny, whole: Path, tmp_path: Path, zero: int
+    tiny: Tiny, constant: Path, tmp_path: Path, zero: int
 ) -> None:
     run = tmp_path / "run"
-    settings = [f"layout.zero={zero}", "train.steps=20"]
-    done = tiny.train(run, *settings, "optim.schedule=constant", processes=2)
+    shared = ["optim.schedule=constant", "train.eval_every=0"]
+    done = tiny.train(run, f"layout.zero={zero}", "train.steps=20", *shared, processes=2)
     assert done.code == 0, done.err
-    reference = tmp_path / "reference"
-    assert tiny.train(reference, "train.steps=30", "optim.schedule=constant").code == 0
-    assert losses_of(run) == pytest.approx(losses_of(reference)[:20], rel=1e-5)
-    assert tiny.train(run, "train.steps=30", "optim.schedule=constant").code == 0
-    assert losses_of(run) == pytest.approx(losses_of(reference), rel=1e-5)
+    assert losses_of(run) == pytest.approx(losses_of(constant)[:20], rel=1e-5)
+    assert tiny.train(run, *shared).code == 0
+    assert losses_of(run) == pytest.approx(losses_of(constant), rel=1e-5)
 
 
 def test_lstm_and_masked_models_train_through_the_same_command(tiny: Tiny, tmp_path: Path) -> None:
@@ -237,8 +244,12 @@ def test_the_torchrun_script_passes_a_signal_on_and_every_rank_saves(tiny: Tiny,
     script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
     sets = ["--set", "train.steps=100000", "--set", "checkpoint.every_steps=0", "--set", "train.eval_every=0"]
     process = subprocess.Popen(
-        ["bash", str(script), str(tiny.config), "--run", str(run), *sets],
-        env={**tiny.environment(), "NPROC": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        ["bash", str(script), str(tiny.config), "--run-dir", str(run), *sets],
+        env={
+            **tiny.environment(),
+            "NPROC": "2",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

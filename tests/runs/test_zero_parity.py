@@ -84,6 +84,8 @@ TWO: list[Case] = [
         {"name": f"nan-fp16-{z}", "run": "nan", "config": {"layout": zero(z), "precision": "fp16"}}
         for z in (0, 2)
     ),
+    {**plain("as-built-3", 3, steps=3), "as_built": True},
+    {**plain("as-built-bf16-3", 3, steps=3, precision="bf16"), "as_built": True},
     {"name": "planted", "run": "mean_of_means", "steps": 3, "config": {"layout": zero(2)}},
     *(plain(f"first-{z}", z, steps=3) for z in range(4)),
     *(resumed(f"second-{z}", f"first-{z}", zero(z), (3, 6)) for z in range(4)),
@@ -183,6 +185,14 @@ def test_fp32_on_four_processes(four: Callable[[str], Case], level: int) -> None
     found, expected = four(f"fp32-{level}"), reference(STEPS)
     check_same(found, expected)
     assert found["nll"] == pytest.approx(sum(expected["eval"]), rel=FP32)
+
+
+@pytest.mark.parametrize(("name", "twin"), [("as-built-3", "fp32-3"), ("as-built-bf16-3", "bf16-3")])
+def test_partitioning_while_building_is_bitwise_partitioning_afterwards(
+    two: Callable[[str], Case], name: str, twin: str
+) -> None:
+    assert two(name)["loss"] == two(twin)["loss"][:3]
+    assert two(name)["norm"] == two(twin)["norm"][:3]
 
 
 def test_the_check_fails_on_a_mean_of_means(two: Callable[[str], Case]) -> None:

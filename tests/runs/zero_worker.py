@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bigtrain.engine import Engine, make_engine
+from bigtrain.engine import Engine, build_device, make_engine
 from bigtrain.engine.reference import ReferenceEngine
 from bigtrain.mesh import Mesh, rendezvous
 from tests.runs.engine_parts import (
@@ -37,7 +37,8 @@ Case = dict[str, Any]
 def build(case: Case, mesh: Mesh) -> Engine:
     """The case's engine on a fresh model."""
     config = make_config(**case["config"])
-    return make_engine(make_model(config), config, mesh)
+    device = build_device(config, mesh) if case.get("as_built") else mesh.device
+    return make_engine(make_model(config, device), config, mesh)
 
 
 def plain(case: Case, mesh: Mesh) -> Case:
