@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bigtrain.config import OptimConfig
+from bigtrain.logical import logical_of
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",), "muon": ("momentum_buffer",)}
 """State tensors that each rule keeps for a parameter, all shaped like it."""
@@ -66,10 +67,11 @@ def parameter_groups(named: Named, config: OptimConfig) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, float], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        matrix = parameter.dim() >= 2
-        hidden = parameter.dim() == 2 and name.split(".")[0] not in _EMBEDDINGS
+        # ZeRO-3 leaves an empty local tensor; the logical record knows the shape.
+        shape = logical_of(parameter).shape if hasattr(parameter, "logical") else parameter.shape
+        hidden = len(shape) == 2 and name.split(".")[0] not in _EMBEDDINGS
         rule = "adamw" if config.kind == "muon" and not hidden else config.kind
-        groups[rule, config.weight_decay if matrix else 0.0].append(parameter)
+        groups[rule, config.weight_decay if len(shape) >= 2 else 0.0].append(parameter)
     return [
         {"params": parameters, "rule": rule, "weight_decay": decay}
         for (rule, decay), parameters in groups.items()

@@ -58,11 +58,17 @@ class Engine(Protocol):
         """Free what the engine holds."""
 
 
+def build_device(config: Config, mesh: Mesh) -> torch.device:
+    """Where to build the model that `make_engine` gets: "meta" where the engine fills and cuts it itself."""
+    cut = engine_name(config, mesh.world) == "zero" and config.layout.zero == 3
+    return torch.device("meta") if cut else mesh.device
+
+
 def make_engine(model: torch.nn.Module, config: Config, mesh: Mesh) -> Engine:
     """The engine that `layout` names; auto is the reference on one process and ZeRO on several.
 
-    `model` is whole, fp32, on the mesh's device, and becomes the engine's. Raises UserError for a layout that
-    cannot work, naming the nearest one that does.
+    `model` is whole, fp32, on `build_device`, or on the mesh's device (then ZeRO-3 cuts it afterwards), and
+    becomes the engine's. Raises UserError for a layout that cannot work, naming the nearest one that does.
     """
     name = engine_name(config, mesh.world)
     check_engine(config, name, mesh.world)

@@ -21,6 +21,7 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 
 from bigtrain.config import Config
+from bigtrain.engine.partition import partition_as_built
 from bigtrain.engine.protocol import StepResult
 from bigtrain.engine.scaler import LossScaler
 from bigtrain.logical import Logical, Piece, boxes_of_flat_range, logical_of
@@ -36,8 +37,16 @@ class ZeroEngine:
     """DeepSpeed's engine behind the `Engine` protocol."""
 
     def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
-        """`model` is fp32, the same on all ranks, and becomes the engine's."""
+        """`model` is fp32, the same on all ranks, and becomes the engine's.
+
+        With ZeRO-3 it may be on the meta device: it is then filled with its initial values and cut parameter
+        by parameter, and no rank ever holds it whole.
+        """
         deepspeed = import_deepspeed(mesh)
+        told = deepspeed_config(config)
+        if next(model.parameters()).is_meta:
+            with quiet():
+                partition_as_built(deepspeed, told, model, config, mesh.device)
         self.mesh = mesh
         self.level = config.layout.zero
         self.updates = 0
@@ -45,10 +54,9 @@ class ZeroEngine:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.records: list[tuple[Logical, Any]] = [(logical_of(p), p) for _, p in named]
         self.base = build_optimizer(named, config.optim)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with quiet():
             self.engine, self.sharder, _, _ = deepspeed.initialize(
-                model=model, optimizer=self.base, config=deepspeed_config(config), dist_init_required=False
+                model=model, optimizer=self.base, config=told, dist_init_required=False
             )
         for flat, group in self._flats():
             materialise_state(self.base, flat, group)
@@ -201,6 +209,14 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     return told
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings, and without what DeepSpeed prints beside its log."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
 def import_deepspeed(mesh: Mesh) -> Any:
     """Import DeepSpeed without its log, its warnings and its compilation, on this mesh's process group.
 
@@ -208,12 +224,16 @@ def import_deepspeed(mesh: Mesh) -> Any:
     """
     if mesh.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # Without it, it starts `numactl` in every microbatch to count devices (7 ms).
+        os.environ.setdefault("LOCAL_SIZE", str(mesh.place.local_world))
     os.environ.setdefault("LOCAL_RANK", str(mesh.place.local_rank))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         import deepspeed
+        from deepspeed.runtime import bf16_optimizer
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # Memory reports that it prints while it starts, each with a garbage collection (3 s together).
+        bf16_optimizer.see_memory_usage = lambda *_, **__: None
         # On a CPU it would compile a shared-memory all-reduce first: 40-220 s, and a stale lock hangs it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if mesh.device.type == "cpu":

@@ -67,14 +67,14 @@ def resumed(name: str, source: str, layout: Case | None, steps: tuple[int, int],
 
 TWO: list[Case] = [
     *(plain(f"fp32-{z}", z) for z in range(4)),
-    *(plain(f"bf16-{z}", z, steps=8, precision="bf16") for z in range(4)),
-    *(plain(f"fp16-{z}", z, steps=4, precision="fp16") for z in range(4)),
-    *(plain(f"offload-{z}", z, steps=6, offload="optimizer") for z in (1, 2, 3)),
-    plain("offload-bf16-2", 2, steps=6, offload="optimizer", precision="bf16"),
-    *(plain(f"sgd-{z}", z, steps=5, optim=SGD) for z in range(4)),
+    *(plain(f"bf16-{z}", z, steps=6, precision="bf16") for z in range(4)),
+    *(plain(f"fp16-{z}", z, steps=3, precision="fp16") for z in range(4)),
+    *(plain(f"offload-{z}", z, steps=4, offload="optimizer") for z in (1, 2, 3)),
+    plain("offload-bf16-2", 2, steps=4, offload="optimizer", precision="bf16"),
+    *(plain(f"sgd-{z}", z, steps=5, optim=SGD) for z in (1, 3)),
     *(plain(f"lstm-{z}", z, steps=8, model=LSTM, optim=SGD) for z in range(3)),
     plain("muon-0", 0, steps=8, optim=MUON),
-    *(plain(f"recompute-{z}", z, steps=4, recompute="full") for z in (2, 3)),
+    *(plain(f"recompute-{z}", z, steps=2, recompute="full") for z in (2, 3)),
     *({"name": f"nan-{z}", "run": "nan", "config": {"layout": zero(z)}} for z in range(4)),
     *(
         {"name": f"nan-bf16-{z}", "run": "nan", "config": {"layout": zero(z), "precision": "bf16"}}
@@ -84,8 +84,8 @@ TWO: list[Case] = [
         {"name": f"nan-fp16-{z}", "run": "nan", "config": {"layout": zero(z), "precision": "fp16"}}
         for z in (0, 2)
     ),
-    {**plain("as-built-3", 3, steps=3), "as_built": True},
-    {**plain("as-built-bf16-3", 3, steps=3, precision="bf16"), "as_built": True},
+    {**plain("as-built-3", 3, steps=2), "as_built": True},
+    {**plain("as-built-bf16-3", 3, steps=2, precision="bf16"), "as_built": True},
     {"name": "planted", "run": "mean_of_means", "steps": 3, "config": {"layout": zero(2)}},
     *(plain(f"first-{z}", z, steps=3) for z in range(4)),
     *(resumed(f"second-{z}", f"first-{z}", zero(z), (3, 6)) for z in range(4)),
@@ -191,8 +191,8 @@ def test_fp32_on_four_processes(four: Callable[[str], Case], level: int) -> None
 def test_partitioning_while_building_is_bitwise_partitioning_afterwards(
     two: Callable[[str], Case], name: str, twin: str
 ) -> None:
-    assert two(name)["loss"] == two(twin)["loss"][:3]
-    assert two(name)["norm"] == two(twin)["norm"][:3]
+    assert two(name)["loss"] == two(twin)["loss"][:2]
+    assert two(name)["norm"] == two(twin)["norm"][:2]
 
 
 def test_the_check_fails_on_a_mean_of_means(two: Callable[[str], Case]) -> None:
@@ -223,26 +223,26 @@ def test_the_sixteen_bit_bound_fails_on_a_shuffled_gradient() -> None:
     for name, weight in zip(engine.names, engine.weights, strict=True):
         if name == "layers.0.self_attn.k_proj.weight":
             weight.register_hook(lambda g: g.flip(0))
-    found: Case = train(engine, range(8))
+    found: Case = train(engine, range(6))
     found["tensors"] = assemble(local_boxes(engine))
-    assert movement_error(found, reference(8, precision=json.dumps("bf16"))) > 8 * 2.0**-8
+    assert movement_error(found, reference(6, precision=json.dumps("bf16"))) > 8 * 2.0**-8
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_offloaded_optimizer(two: Callable[[str], Case], level: int) -> None:
-    check_same(two(f"offload-{level}"), reference(6))
+    check_same(two(f"offload-{level}"), reference(4))
 
 
 def test_offloaded_optimizer_in_bf16_is_bitwise_that_on_the_device(two: Callable[[str], Case]) -> None:
-    assert two("offload-bf16-2")["loss"] == two("bf16-2")["loss"][:6]
+    assert two("offload-bf16-2")["loss"] == two("bf16-2")["loss"][:4]
 
 
 @pytest.mark.parametrize("level", [2, 3])
 def test_recomputed_activations(two: Callable[[str], Case], level: int) -> None:
-    check_same(two(f"recompute-{level}"), reference(4))
+    check_same(two(f"recompute-{level}"), reference(2))
 
 
-@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("level", [1, 3])
 def test_sgd(two: Callable[[str], Case], level: int) -> None:
     check_same(two(f"sgd-{level}"), reference(5, optim=json.dumps(SGD)))
 
