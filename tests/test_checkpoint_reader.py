@@ -155,7 +155,7 @@ def test_another_optimizer_is_told_apart_from_another_model(tmp_path: Path) -> N
 def test_another_dtype_needs_an_explicit_cast(tmp_path: Path) -> None:
     path = saved(tmp_path, w=numbered((3,)) / 3)
     half = torch.zeros(3, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match="float32 in the checkpoint, bfloat16 wanted"):
+    with pytest.raises(UserError, match="float32 in the checkpoint, bfloat16"):
         store.load(path, [piece("w", half, whole_box(half))])
     store.load(path, [piece("w", half, whole_box(half))], cast=True)
     assert torch.equal(half, (numbered((3,)) / 3).bfloat16())
@@ -203,7 +203,7 @@ def test_a_flip_is_found_where_it_is_read_and_only_there(
     rows = [piece("w", target, Box((0, 0), (5, 16))), piece("w", target, Box((6, 0), (2, 16)))]
     reader.read_boxes(reader.open_checkpoint(path), rows, verify=True)
     assert torch.equal(target[[0, 1, 2, 3, 4, 6, 7]], whole[[0, 1, 2, 3, 4, 6, 7]])
-    with pytest.raises(format.DamagedError, match="rank_00000.bin: master of w does not match its checksum"):
+    with pytest.raises(format.DamagedError, match="does not match its checksum"):
         store.load(path, [piece("w", target, whole_box(target))])
     store.load(path, [piece("w", target, whole_box(target))], verify=False)
     assert not torch.equal(target, whole), "without verification the flip goes through: that is what it costs"

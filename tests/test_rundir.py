@@ -19,9 +19,10 @@ from bigtrain.config import Config
 from bigtrain.configfile import build, load
 from bigtrain.errors import UserError
 from bigtrain.logical import Piece
-from bigtrain.mesh import Mesh, Place
+from bigtrain.mesh import Mesh, Place, rendezvous
 from bigtrain.provenance import git_state, redacted
 from bigtrain.rundir import RunDir
+from tests.runs.worlds import run_world
 
 ONE = Mesh(Place(0, 1, 0, 1, "single"), torch.device("cpu"), None)
 
@@ -176,6 +177,35 @@ def test_each_attempt_logs_into_a_file_of_its_own(tmp_path: Path) -> None:
         assert f"WARNING some.library: hello from {attempt}" in text
         assert "mind the gap" in text
         assert "after the end" not in text
+
+
+def two_ranks(folder: str) -> None:
+    """Both ranks open, log and are refused together."""
+    mesh = rendezvous()
+    run = RunDir.open(f"{folder}/run", config(), mesh=mesh)
+    assert run.attempt == 1
+    logging.getLogger("x").warning("I am %d", mesh.rank)
+    run.metrics.parent.joinpath("checkpoints", "step_00000001").mkdir(exist_ok=True)
+    mesh.barrier()
+    run.close()
+    mesh.barrier()
+    with pytest.raises(UserError, match=r"model\.width: 32 in the run, 64 now"):
+        RunDir.open(f"{folder}/run", config("model.width=64"), mesh=mesh)
+    run = RunDir.open(f"{folder}/run", config("model.width=64"), mesh=mesh, fresh=True)
+    assert (run.attempt, len(run.notes)) == (1, 1)
+    mesh.barrier()
+    run.close()
+    mesh.close()
+
+
+def test_two_ranks_share_a_run_directory(tmp_path: Path) -> None:
+    program = "import sys; from tests.test_rundir import two_ranks; two_ranks(sys.argv[1])"
+    run_world(["-c", program, str(tmp_path)], 2)
+    for rank in (0, 1):
+        log = tmp_path / "run.old-1" / "logs" / "0001" / f"rank_{rank}.log"
+        assert f"I am {rank}" in log.read_text()
+    (attempt,) = json.loads((tmp_path / "run" / "provenance.json").read_text())["attempts"]
+    assert (attempt["world"], attempt["launcher"]) == (2, "torchrun")
 
 
 def test_a_broken_provenance_is_named(tmp_path: Path) -> None:

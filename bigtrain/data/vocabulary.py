@@ -6,7 +6,7 @@ import io
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -56,10 +56,39 @@ def train_tokenizer(
             + (" and single bytes" if byte_fallback else ""),
             do=f"use {fixed + 100} or more",
         )
-    if byte_fallback:
-        lines = without_rare(lines, letters, (vocab_size - fixed) // 2)
-    write_whole(out, _train(lines, kind, vocab_size, byte_fallback))
+
+    def model_of(size: int) -> bytes:
+        known = without_rare(lines, letters, (size - fixed) // 2) if byte_fallback else lines
+        return _train(known, kind, size, byte_fallback)
+
+    try:
+        write_whole(out, model_of(vocab_size))
+    except _TooLargeError as error:
+        largest = _largest(model_of, error.most)
+        raise UserError(
+            f"vocab_size {vocab_size} is larger than the text supports: at most {largest} pieces ({kind})",
+            do=f"use a vocab_size of {largest} or less, or give more text",
+        ) from error
     return Tokenizer.load(out)
+
+
+class _TooLargeError(Exception):
+    """SentencePiece cannot fill the vocabulary from this text."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.most = most
+
+
+def _largest(model_of: Callable[[int], bytes], most: int) -> int:
+    """The vocabulary that does train: a smaller one knows fewer rare characters, so it may support less yet."""
+    while True:
+        try:
+            model_of(most)
+        except _TooLargeError as error:
+            most = error.most
+        else:
+            return most
 
 
 def training_lines(texts: Iterable[str]) -> tuple[list[str], Counter[str]]:
@@ -122,17 +151,14 @@ def _train(lines: list[str], kind: Kind, vocab_size: int, byte_fallback: bool) -
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise _explained(str(error), kind, vocab_size) from error
+        if found := re.search(r"value <= (\d+)", str(error)):
+            raise _TooLargeError(int(found[1])) from error
+        raise _explained(str(error), vocab_size) from error
     return model.getvalue()
 
 
-def _explained(message: str, kind: Kind, vocab_size: int) -> UserError:
+def _explained(message: str, vocab_size: int) -> UserError:
     """SentencePiece's refusal in a sentence that says what would work."""
-    if found := re.search(r"value <= (\d+)", message):
-        return UserError(
-            f"vocab_size {vocab_size} is larger than the text supports: at most {found[1]} pieces ({kind})",
-            do=f"use a vocab_size of {found[1]} or less, or give more text",
-        )
     if found := re.search(r"required_chars\. (\d+) vs (\d+)", message):
         return UserError(
             f"vocab_size {vocab_size} is smaller than the {found[2]} entries that single characters need",
