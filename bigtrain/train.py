@@ -73,14 +73,17 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
     loader = loader_of(config, corpus, tokenizer)
     _ = loader.windows  # a corpus too short for one sequence is said before anything is built
-    check_engine(config, engine_name(config, mesh.world), mesh.world)
+    engine = engine_name(config, mesh.world)
+    check_engine(config, engine, mesh.world)
     held_out = held_out_of(config, tokenizer, mesh)
+    # ZeRO-3 fills and cuts the model parameter by parameter, so that no rank ever holds it whole.
+    whole = not (engine == "zero" and config.layout.zero == 3)
     model = build_model(
         config.model,
         config.loss,
         kernels=config.layout.kernels,
         recompute=config.layout.recompute,
-        device=mesh.device,
+        device=mesh.device if whole else "meta",
         seed=config.train.seed,
     )
     return Parts(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bigtrain.config import Config
+from bigtrain.plan.flops import non_embedding_parameters
+
 
 @dataclass(frozen=True)
 class Suggestion:
@@ -28,3 +31,10 @@ def chinchilla_tokens(parameters: int) -> Suggestion:
     """Compute-optimal training tokens, about 20 a parameter (Hoffmann et al. 2022; refit arXiv 2404.10102)."""
     inside = 4e7 <= parameters <= 1.6e10
     return Suggestion(20.0 * parameters, "Chinchilla, about 20 tokens a parameter", not inside)
+
+
+def peak_learning_rate(config: Config, tokens: int) -> Suggestion:
+    """`optim.lr`, or the Step Law for this model and this many training tokens."""
+    if config.optim.lr is not None:
+        return Suggestion(config.optim.lr, "from optim.lr", False)
+    return step_law_lr(non_embedding_parameters(config.model), tokens)
