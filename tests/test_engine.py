@@ -133,13 +133,13 @@ def test_sixteen_bits_follow_fp32(precision: str) -> None:
 
 
 def test_sixteen_bit_gradients_are_added_in_fp32() -> None:
-    """512 equal microbatches: in bf16 the sum of equal gradients stops growing at 256 times one of them."""
+    """128 equal microbatches: added in bf16, the norm of their sum is wrong by 7 in 1000 (measured)."""
     one, many = make(precision="bf16"), make(precision="bf16")
     batches, _ = microbatches(3)
     batch = max(batches, key=lambda b: b.counted())
     alone = one.train_step([batch], batch.counted(), 1e-3)
-    result = many.train_step([batch] * 512, 512 * batch.counted(), 1e-3)
-    # Each gradient is rounded at 1/512 of its size, which is exact, so only the order of fp32 sums differs.
+    result = many.train_step([batch] * 128, 128 * batch.counted(), 1e-3)
+    # Each gradient is rounded at 1/128 of its size, which is exact, so only the order of fp32 sums differs.
     assert result.grad_norm == pytest.approx(alone.grad_norm, rel=1e-4)
 
 
@@ -169,7 +169,7 @@ def test_a_step_that_is_not_finite_changes_nothing(precision: str, change: dict[
     Poison(engine, **change)
     result = engine.train_step(*microbatches(2), lr_of(2))
     assert result.skipped
-    assert not math.isfinite(result.grad_norm)
+    assert result.grad_norm == math.inf
     after = assemble(local_boxes(engine))
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert engine.extra_state()["updates"] == updates == 2

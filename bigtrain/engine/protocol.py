@@ -22,7 +22,7 @@ class StepResult:
     loss: float
     """Mean plain cross-entropy over the counted tokens of the global batch, in nats."""
     grad_norm: float
-    """Global norm of the gradient of the mean objective, before clipping; every parameter counted once."""
+    """Global norm of the gradient of the mean objective, before clipping; inf when the step was skipped."""
     skipped: bool
     """Loss or gradient was not finite: no weight, no optimizer state, no count was changed."""
     loss_scale: float

@@ -58,7 +58,7 @@ class ReferenceEngine:
             master.grad = None
         if self.scaler:
             self.scaler.update(overflow=skipped)
-        return StepResult(loss, norm, skipped, scale)
+        return StepResult(loss, math.inf if skipped else norm, skipped, scale)
 
     def _gradients(self, microbatches: Sequence[Batch], counted: int, scale: float) -> tuple[float, float]:
         """Fill the masters' .grad with scale x the gradient; loss and unscaled gradient norm."""

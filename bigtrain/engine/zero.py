@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
-from torch._C._distributed_c10d import HashStore
 
 from bigtrain.config import Config
 from bigtrain.engine.partition import partition_as_built
@@ -32,6 +32,9 @@ from bigtrain.optim import build_optimizer, materialise_state, moments_of, set_s
 PERSISTENT_ELEMENTS = 10_000
 """ZeRO-3 keeps smaller parameters (norms, biases) whole on every rank: gathering costs more than it saves."""
 
+BUCKET_ELEMENTS = 100_000_000
+"""Gradients are reduced in buckets of this size: a buffer of 400 MB in fp32 (DeepSpeed's default: 2 GB)."""
+
 
 class ZeroEngine:
     """DeepSpeed's engine behind the `Engine` protocol."""
@@ -42,8 +45,9 @@ class ZeroEngine:
         With ZeRO-3 it may be on the meta device: it is then filled with its initial values and cut parameter
         by parameter, and no rank ever holds it whole.
         """
+        self._linear = F.linear
         deepspeed = import_deepspeed(mesh)
-        told = deepspeed_config(config)
+        told = deepspeed_config(config, sum(p.numel() for p in model.parameters()))
         if next(model.parameters()).is_meta:
             with quiet():
                 partition_as_built(deepspeed, told, model, config, mesh.device)
@@ -132,8 +136,9 @@ class ZeroEngine:
             whole[0].all_gather(whole)
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks and buffers."""
+        """Remove DeepSpeed's hooks and buffers, and the F.linear that ZeRO-3 put in place of torch's."""
         self.engine.destroy()
+        F.linear = self._linear
 
     def _flats(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         """This rank's flat fp32 partitions, with the optimizer group of each."""
@@ -177,8 +182,11 @@ class Fragment:
     offset: int
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """What DeepSpeed is told: sharding and precision. One microbatch a step as far as it knows."""
+def deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
+    """What DeepSpeed is told: sharding and precision of a model of so many `elements`.
+
+    As far as it knows, a step has one microbatch: train_step says which one is the last.
+    """
     precision = config.train.precision
     told: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -191,6 +199,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_optimization": {
             "stage": config.layout.zero,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            "reduce_bucket_size": min(BUCKET_ELEMENTS, elements),
         },
     }
     if config.layout.offload == "optimizer":
@@ -241,7 +250,8 @@ def import_deepspeed(mesh: Mesh) -> Any:
             deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         if not dist.is_initialized():
             backend = "nccl" if mesh.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(verbose=False)
     # It calls collectives by names that torch 2.13 deprecates, with a warning at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
