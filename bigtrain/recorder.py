@@ -82,6 +82,11 @@ class Recorder:
             + (f" (ZeRO {config.layout.zero})" if engine == "zero" else "")
             + f", {config.train.precision}, peak lr {peak.value:.3g}{source}"
         )
+        if parts.corpus.longest > config.data.sequence_length + 1:
+            self.console.say(
+                f"the longest document has {parts.corpus.longest:,} tokens: documents longer than a sequence "
+                f"({config.data.sequence_length:,}) are read in parts, none is lost"
+            )
         flops = flops_per_token(config.model, config.data.sequence_length).training
         self._meter = Meter(
             devices=parts.mesh.world,

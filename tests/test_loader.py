@@ -99,6 +99,16 @@ def test_one_epoch_predicts_each_token_at_most_once_and_nearly_all(corpus: Corpu
     assert (predicted == 0).sum() <= 2 * S
 
 
+def test_a_document_longer_than_a_sequence_is_read_in_parts_and_nothing_of_it_is_lost(tmp_path: Path) -> None:
+    document = np.concatenate([[1], np.arange(10, 10 + 20 * S) % 200 + 20, [2]])
+    corpus = Corpus.open(write_corpus(tmp_path, [document.astype(np.int32)]))
+    assert corpus.longest == len(document)
+    batches = list(loader(corpus).validation_batches(100, 1))
+    targets = torch.cat([b.targets.flatten() for b in batches])
+    assert targets[targets != IGNORE].tolist() == document[1:].tolist()
+    assert all(len(b.cu_seqlens) <= 3 for b in batches if b.cu_seqlens is not None)
+
+
 def test_stream_equals_batches_whatever_the_read_ahead_and_the_restart(corpus: Corpus) -> None:
     plan = [[[4 * i, 4 * i + 1], [4 * i + 2, 4 * i + 3]] for i in range(12)]
     wanted = [[loader(corpus).batch(ids) for ids in step] for step in plan]

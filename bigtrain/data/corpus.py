@@ -36,7 +36,14 @@ class Corpus:
     """The tokens of one split: `num_tokens` ids, read by position. Safe to read from several threads."""
 
     def __init__(
-        self, parts: Sequence[_Part], tokenizer: Tokenizer, manifest_hash: str, *, text_bytes: int, where: str
+        self,
+        parts: Sequence[_Part],
+        tokenizer: Tokenizer,
+        manifest_hash: str,
+        *,
+        text_bytes: int,
+        longest: int,
+        where: str,
     ) -> None:
         """Use `Corpus.open`."""
         self.where = where
@@ -48,6 +55,8 @@ class Corpus:
         self.manifest_hash = manifest_hash
         self.text_bytes = text_bytes
         """UTF-8 bytes of the text behind the tokens; 0 if unknown (plain Megatron corpus)."""
+        self.longest = longest
+        """Tokens of the longest document."""
         self._parts = parts
         self._starts = np.cumsum([0, *(part.tokens for part in parts)])
         self.num_tokens = int(self._starts[-1])
@@ -95,6 +104,7 @@ class Corpus:
             tokenizer,
             manifest.digest,
             text_bytes=sum(s.text_bytes for s in shards),
+            longest=max((s.longest for s in shards), default=0),
             where=f"{folder} ({split})",
         )
 
@@ -123,6 +133,7 @@ class Corpus:
             Tokenizer.load(tokenizer),
             digest,
             text_bytes=0,
+            longest=int(index.lengths.max(initial=0)),
             where=str(prefix),
         )
 

@@ -53,6 +53,8 @@ class ShardInfo:
     """UTF-8 bytes of the text that the tokens stand for."""
     max_id: int
     """Largest token id; -1 in a shard without tokens."""
+    longest: int
+    """Tokens of the longest document, BOS and EOS included."""
     bin_bytes: int
     crc32: tuple[int, ...]
     """CRC-32 of each BLOCK bytes of `.bin`."""
@@ -78,6 +80,7 @@ class ShardWriter:
         self._crc: list[int] = []
         self._block = 0  # bytes in the last block
         self._max_id = -1
+        self._longest = 0
         self._text_bytes = 0
         self._sources: tuple[str, str] = ("", "")
         self._bin = prefix.with_name(prefix.name + ".bin")
@@ -96,6 +99,7 @@ class ShardWriter:
         self.tokens += len(tokens)
         self._text_bytes += text_bytes
         self._max_id = max(self._max_id, int(tokens.max(initial=-1)))
+        self._longest = max(self._longest, len(tokens))
         self._sources = (self._sources[0] or source, source)
 
     def _checksum(self, data: memoryview) -> None:
@@ -123,6 +127,7 @@ class ShardWriter:
             documents=len(self._borders) - 1,
             text_bytes=self._text_bytes,
             max_id=self._max_id,
+            longest=self._longest,
             bin_bytes=self.tokens * self._dtype.itemsize,
             crc32=tuple(self._crc),
             idx_bytes=len(index),

@@ -75,11 +75,20 @@ def test_a_signal_saves_and_the_same_command_continues_to_the_bit(
     assert weights_of(run) == weights_of(whole)
 
 
+# No schedule that depends on the length of the run, and a global batch that grows.
+CONSTANT = [
+    "optim.schedule=constant",
+    "train.eval_every=0",
+    "train.batch_ramp_from=4",
+    "train.batch_ramp_steps=6",
+]
+
+
 @pytest.fixture(scope="module")
 def constant(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on one process whose learning rate does not depend on how long it is."""
     run = tmp_path_factory.mktemp("constant") / "run"
-    done = tiny.train(run, "optim.schedule=constant", "train.eval_every=0")
+    done = tiny.train(run, *CONSTANT)
     assert done.code == 0, done.err
     return run
 
@@ -89,12 +98,19 @@ def test_two_processes_draw_the_same_curve_and_continue_on_one(
     tiny: Tiny, constant: Path, tmp_path: Path, zero: int
 ) -> None:
     run = tmp_path / "run"
-    shared = ["optim.schedule=constant", "train.eval_every=0"]
-    done = tiny.train(run, f"layout.zero={zero}", "train.steps=20", *shared, processes=2)
+    done = tiny.train(run, f"layout.zero={zero}", "train.steps=20", *CONSTANT, processes=2)
     assert done.code == 0, done.err
     assert losses_of(run) == pytest.approx(losses_of(constant)[:20], rel=1e-5)
-    assert tiny.train(run, *shared).code == 0
+    assert tiny.train(run, *CONSTANT).code == 0
     assert losses_of(run) == pytest.approx(losses_of(constant), rel=1e-5)
+
+
+def test_the_clock_asks_for_saves_too(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    by_time = ["checkpoint.every_steps=0", "checkpoint.every_minutes=0.0001", "checkpoint.keep_last=99"]
+    assert tiny.train(run, *by_time, "train.steps=6", "train.eval_every=0").code == 0
+    saved = [p.name for p in (run / "checkpoints").iterdir()]
+    assert len(saved) >= 4, "six milliseconds pass in nearly every step"
 
 
 def test_lstm_and_masked_models_train_through_the_same_command(tiny: Tiny, tmp_path: Path) -> None:
