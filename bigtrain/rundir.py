@@ -155,7 +155,7 @@ def _take(
             raise UserError(
                 "holds a run of another model, seed or data\n    " + "\n    ".join(refused),
                 where=str(path),
-                do="give this one another --run, or start over with --fresh (moves the run there aside)",
+                do="give this one another --run-dir, or start over with --fresh (moves the run there aside)",
             )
     except BaseException:
         lock.close()
@@ -186,7 +186,7 @@ def _locked(path: Path) -> IO[str]:
         raise UserError(
             f"{owner} is training in this run directory",
             where=str(path),
-            do="wait for it or stop it, or give this run another --run",
+            do="wait for it or stop it, or give this run another --run-dir",
         ) from e
     except OSError:
         logging.getLogger(__name__).warning(
