@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -174,7 +175,7 @@ class WandbSink:
             ) from e
         identity = run / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(4))
         self._run: Any = wandb.init(
             project=project, name=name, dir=str(run), id=identity.read_text().strip(), resume="allow"
         )

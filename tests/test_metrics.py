@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -252,14 +251,14 @@ def test_tensorboard_that_cannot_write_is_left_out(tmp_path: Path) -> None:
     assert "TensorBoardSink failed" in said[0]
 
 
-def test_wandb_without_its_package_is_a_user_error(tmp_path: Path) -> None:
+def test_wandb_without_its_package_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         import wandb  # noqa: F401
     except ImportError:
         with pytest.raises(UserError, match=r"bigtrain\[wandb\]"):
             open_sinks(LogConfig(tensorboard=False, wandb="p"), tmp_path, "n", step=0, warn=print)
     else:
-        os.environ["WANDB_MODE"] = "offline"
+        monkeypatch.setenv("WANDB_MODE", "offline")
         sinks = open_sinks(LogConfig(tensorboard=False, wandb="p"), tmp_path, "n", step=0, warn=pytest.fail)
         for record in steps(3):
             sinks.write(record)
