@@ -108,7 +108,10 @@ class RunDir:
         """Write outcome.json, which tells launchers whether to requeue."""
         if self.mesh.first:
             outcome = {"state": state, "step": step, "reason": reason, "time": time.time()}
-            _write_json(self.path / "outcome.json", outcome)
+            try:
+                _write_json(self.path / "outcome.json", outcome)
+            except OSError as e:  # a full disk is often the reason itself, and must not hide it
+                logging.getLogger(__name__).warning("outcome.json could not be written: %s", e)
 
     def close(self) -> None:
         """Stop logging into the run and let others have it."""

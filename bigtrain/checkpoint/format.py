@@ -16,7 +16,7 @@ import json
 import os
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def index_bytes(step: int, rank: int, boxes: list[StoredBox]) -> bytes:
     """The JSON index at the end of a data file."""
     rows = [
         {
-            **asdict(stored.tensor),
+            **vars(stored.tensor),
             "offset": stored.box.offset,
             "sizes": stored.box.sizes,
             "start": stored.start,
@@ -161,7 +161,8 @@ _SEAL = b'{"crc32": "%08x",'
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as JSON, its first entry the CRC-32 of all bytes with that number taken as zero."""
-    text = json.dumps({"version": VERSION, **asdict(manifest)}, indent=1).encode() + b"\n"
+    lists = {"tensors": [vars(t) for t in manifest.tensors], "files": [vars(f) for f in manifest.files]}
+    text = json.dumps({"version": VERSION, **vars(manifest), **lists}, indent=1).encode() + b"\n"
     rest = text.removeprefix(b"{")
     return _SEAL % zlib.crc32(_SEAL % 0 + rest) + rest
 
