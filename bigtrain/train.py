@@ -18,7 +18,7 @@ from bigtrain.console import Startup
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.loader import Loader
 from bigtrain.data.tokenizer import Tokenizer
-from bigtrain.engine import Engine, check_engine, engine_name, make_engine
+from bigtrain.engine import Engine, build_device, check_engine, engine_name, make_engine
 from bigtrain.errors import BigtrainError, UserError
 from bigtrain.mesh import Mesh, rendezvous
 from bigtrain.model.batch import Batch
@@ -73,17 +73,14 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
     loader = loader_of(config, corpus, tokenizer)
     _ = loader.windows  # a corpus too short for one sequence is said before anything is built
-    engine = engine_name(config, mesh.world)
-    check_engine(config, engine, mesh.world)
+    check_engine(config, engine_name(config, mesh.world), mesh.world)
     held_out = held_out_of(config, tokenizer, mesh)
-    # ZeRO-3 fills and cuts the model parameter by parameter, so that no rank ever holds it whole.
-    whole = not (engine == "zero" and config.layout.zero == 3)
     model = build_model(
         config.model,
         config.loss,
         kernels=config.layout.kernels,
         recompute=config.layout.recompute,
-        device=mesh.device if whole else "meta",
+        device=build_device(config, mesh),
         seed=config.train.seed,
     )
     return Parts(
