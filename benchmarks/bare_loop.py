@@ -30,8 +30,8 @@ def main() -> None:
     if world > 1:
         dist.init_process_group("gloo")
     manifest = json.loads((folder / "dataset.json").read_text())
-    eos = manifest["eos_id"]
-    data = np.memmap(folder / "train-00000.bin", dtype=manifest["dtype"], mode="r")
+    eos, dtype = manifest["tokenizer"]["eos_id"], manifest["splits"]["train"][0]["dtype"]
+    data = np.memmap(folder / "train-00000.bin", dtype=dtype, mode="r")
     model = build_model(config.model, config.loss, device=torch.device("cpu"), seed=config.train.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optim.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True

@@ -3,7 +3,7 @@
 Both run the same model on the same shards with the same optimizer, alternating in one session, on 1 and on 2
 processes (there against DistributedDataParallel). Medians over the rounds; a CPU figure is a ratio.
 
-    python benchmarks/overhead.py [--rounds 5] [--steps 60]      writes benchmarks/results/overhead.json
+    python benchmarks/overhead.py [--rounds 3] [--steps 60]      writes benchmarks/results/overhead.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bigtrain.data.prepare import PrepareOptions, prepare
 from bigtrain.quickstart import python_text
 
 HERE = Path(__file__).parent
-WARM_UP = 10  # steps left out: allocator, caches, first kernels
+WARM_UP = 20  # steps left out: allocator, caches, TensorBoard's import in its thread (2 s of one core)
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "overhead.json")
     args = parser.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
         folder = Path(temporary)
         prepare(
             PrepareOptions(
-                inputs=python_text()[:40], out=folder / "data", tokenizer_kind="bpe", vocab_size=2048
+                inputs=tuple(python_text()[:40]), out=folder / "data", tokenizer_kind="bpe", vocab_size=2048
             )
         )
         results = [compare(folder, world, args.rounds, args.steps) for world in (1, 2)]
@@ -80,7 +80,12 @@ def compare(folder: Path, world: int, rounds: int, steps: int) -> dict[str, Any]
             "optim.kind=adamw",
             "optim.lr=1e-3",
             "optim.warmup_steps=0",
+            "train.global_batch=8",
             "train.microbatch=4",
+            "model.width=256",
+            "model.heads=4",
+            "model.kv_heads=2",
+            "model.ffn_width=704",
             "checkpoint.every_steps=0",
             "log.every_steps=1",
         ],

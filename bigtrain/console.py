@@ -176,12 +176,12 @@ def duration(seconds: float) -> str:
 
 
 class Startup:
-    """Where the time to the first step goes: `done` ends a phase, the first of which began with the
-    process."""
+    """Where the time to the first step goes: `done` ends a phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float | None = None) -> None:
+        """The first phase began at `began` (seconds since 1970), by default with the process."""
         self._phases: list[tuple[str, float]] = []
-        self._last = _process_start()
+        self._last = began or _process_start()
 
     def done(self, phase: str) -> None:
         """The time since the last call, or since the process started, was `phase`."""

@@ -57,6 +57,7 @@ def _draw_run(
         return []
     tokens_at = {r["step"]: r["tokens"] / unit for r in steps}
     x, losses = list(tokens_at.values()), [r["loss"] for r in steps]
+    tokens_at.setdefault(0, 0.0)  # a held-out point before the first step
     smooth = smoothed(losses, max(2, len(losses) // 100))
     prefix = f"{label}: " if label else ""
     top.plot(x, losses, color=colour, alpha=0.25, linewidth=0.8)

@@ -23,13 +23,14 @@ class ProgressLine:
     def __call__(self, progress: Progress) -> None:
         """Show a state, at most five times a second (a log: every ten seconds and at each new stage)."""
         now = time.monotonic()
-        if progress.stage != self._stage:
+        begins = progress.stage != self._stage
+        if begins:
             self._stage, self._started = progress.stage, now
         elif now - self._shown < (0.2 if self._tty else 10.0):
             return
         self._shown = now
         line = f"{_STAGES[progress.stage]:18s}"
-        if progress.stage != "training":
+        if progress.stage != "training" and not begins:
             share = progress.done_bytes / max(progress.total_bytes, 1)
             seconds = max(now - self._started, 1e-3)
             speed = progress.done_bytes / seconds

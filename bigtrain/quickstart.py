@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # No text to learn from: tables of numbers, other people's packages, tests (30 MB of repetition).
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "encodings", "lib2to3", "ensurepip"}
 
-_PROMPTS = ["def ", "class ", "import "]
+_PROMPTS = ["def read(self, ", "class Reader(", "for line in "]
 
 
 def python_text() -> list[str]:
@@ -53,7 +54,7 @@ def quickstart(*, run: str, data: str, overrides: list[str]) -> int:
     from bigtrain.train import train
 
     print("\n== Training (Ctrl-C saves and stops; the same command goes on) ==", flush=True)
-    code = train(config, run)
+    code = train(config, run, began=time.time())
     outcome = json.loads((Path(run) / "outcome.json").read_text())
     if code or outcome["state"] != "done":
         return code
@@ -92,7 +93,7 @@ def _samples(model: Pretrained, *, tokens: int) -> str:
     """What the model makes of each prompt, one after the other."""
     from bigtrain.generating import write_text
 
-    texts = write_text(model, _PROMPTS, max_new_tokens=tokens, temperature=0.7, top_p=0.9)
+    texts = write_text(model, _PROMPTS, max_new_tokens=tokens, temperature=0.6, top_p=0.9)
     return "\n".join(
         f"--- {prompt!r} goes on as\n{prompt}{text.rstrip()}"
         for prompt, text in zip(_PROMPTS, texts, strict=True)
@@ -115,7 +116,7 @@ def _report(run: Path, data: str, before: str, settings: list[str]) -> None:
     print(f"\n== What happened ==\n{summary(run)}")
     print(
         f"\n== Go on ==\n"
-        f"train longer     bigtrain train quickstart --run-dir {run} {sets} --set train.steps=3000\n"
+        f"train longer     bigtrain train quickstart --run-dir {run} {sets} --set train.steps=6000\n"
         f"let it write     bigtrain generate {run} --prompt 'def parse('\n"
         f"your own text    bigtrain prepare FOLDER --out data/mine --vocab-size 2048\n"
         f"                 bigtrain train quickstart --run-dir runs/mine --set data.path=data/mine"

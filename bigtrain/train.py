@@ -134,13 +134,14 @@ def _check_same_config(config: Config, mesh: Mesh) -> None:
         )
 
 
-def train(config: Config, run: str | Path, *, fresh: bool = False) -> int:
+def train(config: Config, run: str | Path, *, fresh: bool = False, began: float | None = None) -> int:
     """Train to the end, or until a signal asks to stop. Returns the exit code 0 (done or preempted).
 
     Resumes from the newest sound checkpoint in the run directory. Raises UserError before anything is
-    changed, RunError when the run fails; outcome.json then says so.
+    changed, RunError when the run fails; outcome.json then says so. `began` (seconds since 1970) is where the
+    start-up time is counted from, by default the start of this process.
     """
-    startup = Startup()
+    startup = Startup(began)
     startup.done("imports")
     stop = StopFlag()
     mesh = rendezvous()

@@ -76,12 +76,12 @@ class Trainer:
             if overdue:
                 self._save()
             self._step(microbatches, int(counted), started)
-            every = self.config.checkpoint.every_steps
-            if every and self.progress.step % every == 0:
-                self._save()
-            if self.config.train.eval_every and self.progress.step % self.config.train.eval_every == 0:
+            # Evaluated before saved: a kill between the two makes the step, and so the evaluation, again.
+            if self._due(self.config.train.eval_every):
                 self._evaluate()
-        if not self.config.train.eval_every or self.progress.step % self.config.train.eval_every:
+            if self._due(self.config.checkpoint.every_steps):
+                self._save()
+        if not self._due(self.config.train.eval_every):
             self._evaluate()
         self._save()
         return "done"
@@ -106,6 +106,10 @@ class Trainer:
                 do="lower optim.lr or lengthen optim.warmup_steps, then resume from the newest checkpoint "
                 "with the same command",
             )
+
+    def _due(self, every: int) -> bool:
+        """Whether the step just done is a multiple of `every` (0: never)."""
+        return every > 0 and self.progress.step % every == 0
 
     def _overdue(self) -> bool:
         """Whether the clock of rank 0 asks for a save (one clock decides, else ranks could disagree)."""

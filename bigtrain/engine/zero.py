@@ -220,10 +220,24 @@ def deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings, and without what DeepSpeed prints beside its log."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """Without warnings, without what DeepSpeed prints beside its log, and without torch.compile.
+
+    DeepSpeed decorates Muon functions, which are not used here, with torch.compile when it is imported and started;
+    that alone imports torch's compiler, 1.2 s of start-up.
+    """
+    compiler = torch.compile
+    torch.compile = _not_compiled  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.compile = compiler
+
+
+def _not_compiled(model: Any = None, **_: Any) -> Any:
+    """torch.compile as a function or a decorator that leaves things as they are."""
+    return model if model is not None else lambda function: function
 
 
 def import_deepspeed(mesh: Mesh) -> Any:

@@ -91,7 +91,7 @@ def test_the_quickstart_goes_all_the_way(tiny: Tiny, tmp_path: Path) -> None:
     assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "samples" / "after.txt").read_text(encoding="utf-8")
     resume = [line for line in done.out.splitlines() if line.startswith("train longer")]
-    arguments = shlex.split(resume[0].split("bigtrain", 1)[1].replace("train.steps=3000", "train.steps=8"))
+    arguments = shlex.split(resume[0].split("bigtrain", 1)[1].replace("train.steps=6000", "train.steps=8"))
     again = run_in(tmp_path, tiny, arguments)
     assert again.code == 0, again.err
     assert "resumed from step_00000006" in again.out
