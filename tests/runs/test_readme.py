@@ -60,7 +60,7 @@ def test_the_readme_commands_on_ones_own_text_work_in_order(tiny: Tiny, tmp_path
     ran = 0
     for program, *arguments in readme_commands():
         if program == "torchrun":
-            arguments = arguments[arguments.index("bigtrain") + 1 :] + ["--dry"]
+            arguments = [*arguments[arguments.index("bigtrain") + 1 :], "--dry"]
         elif program != "bigtrain":
             continue
         if arguments[0] == "train" and "--lr-find" in arguments:
