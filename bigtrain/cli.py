@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 the usual way through:
-  bigtrain prepare my_texts/ --out data/mine --vocab-size 8000
+  bigtrain prepare my_texts/ --out data/mine --vocab-size 2048
   bigtrain train quickstart --run-dir runs/mine --set data.path=data/mine
   bigtrain train quickstart --run-dir runs/mine --set data.path=data/mine      (the same command resumes)
   bigtrain evaluate runs/mine
@@ -100,7 +100,7 @@ examples:
   bigtrain train quickstart --dry                       what would be run, with everything derived
   bigtrain train quickstart --set train.steps=50
   bigtrain train lstm --lr-find                         which learning rate? draws the curve
-  torchrun --nproc-per-node 4 -m bigtrain train llama-300m --set layout.zero=2
+  torchrun --nproc-per-node 4 -m bigtrain train llama-340m --set layout.zero=2
 
 RUN/ then holds config.toml, provenance.json, metrics.jsonl, checkpoints/, logs/, tensorboard/, outcome.json.
 Ctrl-C or TERM saves and stops; a second one leaves at once.""",
@@ -230,8 +230,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from bigtrain.explain import explain
 
-    print(explain(args.path, verify=args.verify))
-    return 0
+    text, sound = explain(args.path, verify=args.verify)
+    print(text)
+    return 0 if sound else 1
 
 
 def _quickstart(args: argparse.Namespace) -> int:

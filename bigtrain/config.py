@@ -181,7 +181,7 @@ class OptimConfig(Section):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end as a share of the peak (cosine, linear, wsd)."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay of matrices; norms, biases and embeddings' 1-D parameters are excluded."""
+    """Decoupled decay of matrices, embeddings among them; norms and biases are excluded."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """adamw: memory of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -314,7 +314,7 @@ def problems(c: Config) -> list[str]:
     if o.decay_steps is not None and o.schedule != "wsd":
         found.append('optim.decay_steps: only for schedule = "wsd"')
     if o.kind == "sgd" and o.lr is None:
-        found.append("optim.lr: required for sgd; the default rule was fitted for adamw (try --lr-find)")
+        found.append("optim.lr: required for sgd, the default rule is adamw's; set any and run --lr-find")
     if c.layout.offload != "none" and c.layout.engine == "reference":
         found.append('layout.offload: needs engine = "zero"')
     return found

@@ -29,7 +29,7 @@ def shipped(name: str) -> Path | None:
 
 
 def find_config(name: str) -> Path:
-    """A path, or the name of a shipped config (`quickstart`, `llama-7b`). UserError if there is neither."""
+    """A path, or the name of a shipped config (`quickstart`, `llama-8b`). UserError if there is neither."""
     path = Path(name)
     if path.is_file():
         return path

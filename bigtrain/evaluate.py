@@ -21,9 +21,13 @@ from bigtrain.train import loader_of
 def evaluate(trained: Pretrained, *, data: str, split: Split, sequences: int = 0) -> HeldOut:
     """Evaluate on the first `sequences` windows of a split (0: all).
 
-    Raises UserError when the dataset was made with another tokenizer or holds no full window.
+    Raises UserError when the dataset was made with another tokenizer or the split is empty.
     """
     config = trained.config
+    if sequences < 0:
+        raise UserError(
+            f"cannot read {sequences} sequences", where="--sequences", do="give 1 or more, or 0 for all"
+        )
     corpus = Corpus.open(data, split=split)
     if corpus.tokenizer_sha256 != trained.tokenizer.sha256:
         raise UserError(

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bigtrain.budget import BatchSchedule, Progress
+import numpy as np
+
+from bigtrain.budget import BatchSchedule, Progress, check_layout
 from bigtrain.config import Config
 from bigtrain.configfile import find_config, load, render
 from bigtrain.errors import UserError
@@ -15,33 +17,35 @@ from bigtrain.plan.flops import flops_per_token, non_embedding_parameters, param
 from bigtrain.plan.scaling import chinchilla_tokens, peak_learning_rate
 
 
-def explain(path: str, *, verify: bool = False) -> str:
-    """A few lines about a run, a checkpoint, a dataset, a shard, a tokenizer or a config.
+def explain(path: str, *, verify: bool = False) -> tuple[str, bool]:
+    """A few lines about a run, a checkpoint, a dataset, a shard, a tokenizer or a config; whether it is sound.
 
-    `verify` reads all data and compares checksums. Raises UserError when it is none of these or damaged.
+    `verify` reads all data and compares checksums. Raises UserError when it is none of these, or is a damaged
+    dataset or shard.
     """
     where = Path(path)
     if (where / "manifest.json").is_file():
         return _checkpoint(where, verify=verify, tensors=True)
     if (where / "dataset.json").is_file():
-        return _dataset(where, verify=verify)
+        return _dataset(where, verify=verify), True
     if (where / "config.toml").is_file():
         return _run(where, verify=verify)
     if where.suffix in (".bin", ".idx"):
-        return _shard(where)
+        return _shard(where), True
     if where.suffix == ".model" and where.is_file():
-        return _tokenizer(where)
+        return _tokenizer(where), True
     if where.exists() and where.suffix != ".toml":
         raise UserError(
             "is no run, checkpoint, dataset, shard, tokenizer or config",
             where=path,
             do="runs hold config.toml, checkpoints manifest.json, datasets dataset.json",
         )
-    return explain_config(load(find_config(path)))
+    return explain_config(load(find_config(path))), True
 
 
 def explain_config(config: Config, *, full: bool = False) -> str:
     """What a config means; `full` adds the resolved config itself. Reads the dataset if it is there."""
+    check_layout(BatchSchedule.of(config), config.train.microbatch, 1)
     lines = [*_model_lines(config), *_budget_lines(config), *_data_lines(config), *_state_lines(config)]
     return (render(config) + "\n" if full else "") + "\n".join(lines)
 
@@ -93,7 +97,15 @@ def _data_lines(config: Config) -> list[str]:
     folder = Path(config.data.path)
     if not (folder / "dataset.json").is_file():
         return [_line("data", f"{folder} is not prepared yet")]
-    train = sum(s.tokens for s in read_manifest(folder).splits["train"])
+    manifest = read_manifest(folder)
+    if manifest.tokenizer["vocab_size"] > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
+            f"{manifest.tokenizer['vocab_size']}",
+            where=str(folder),
+            do=f"set model.vocab_size to {manifest.tokenizer['vocab_size']} or more",
+        )
+    train = sum(s.tokens for s in manifest.splits["train"])
     schedule = BatchSchedule.of(config)
     steps = schedule.total_steps(config, Progress())
     consumed = schedule.samples(steps) * config.data.sequence_length
@@ -103,7 +115,8 @@ def _data_lines(config: Config) -> list[str]:
 def _state_lines(config: Config) -> list[str]:
     """Memory of weights, gradients and optimizer state by ZeRO level, and the size of a checkpoint."""
     total = parameters(config.model)
-    moments = {"adamw": 2, "muon": 2, "sgd": 1}[config.optim.kind]
+    inner = non_embedding_parameters(config.model) / total  # about the share of muon, which keeps one moment
+    moments = {"adamw": 2.0, "muon": 2.0 - inner, "sgd": float(config.optim.momentum > 0)}[config.optim.kind]
     weight = 4 if config.train.precision == "fp32" else 2
     master = 0 if config.train.precision == "fp32" else 4
     optimizer = 4 * moments + master
@@ -129,7 +142,7 @@ def _bytes(count: float) -> str:
     raise AssertionError
 
 
-def _run(folder: Path, *, verify: bool) -> str:
+def _run(folder: Path, *, verify: bool) -> tuple[str, bool]:
     from bigtrain.checkpoint.store import list_checkpoints
 
     config = load(folder / "config.toml")
@@ -147,22 +160,22 @@ def _run(folder: Path, *, verify: bool) -> str:
         lines.append(_line("outcome", "none yet: running, or killed (the same train command resumes)"))
     step, evaluation = _last_records(folder / "metrics.jsonl")
     if step:
-        lines.append(
-            _line("last step", f"{step['step']:,}, loss {step['loss']:.4f}, {step['tokens']:,} tokens")
-        )
+        text = f"{step['step']:,}, loss {_figure(step['loss'])}, {step['tokens']:,} tokens"
+        lines.append(_line("last step", text))
     if evaluation:
-        lines.append(
-            _line(
-                "held out",
-                f"step {evaluation['step']:,}: loss {evaluation['loss']:.4f}, "
-                f"{evaluation['bits_per_byte']:.4f} bits per byte",
-            )
-        )
+        figures = f"loss {_figure(evaluation['loss'])}, {_figure(evaluation['bits_per_byte'])} bits per byte"
+        lines.append(_line("held out", f"step {evaluation['step']:,}: {figures}"))
     found = list_checkpoints(folder / "checkpoints")
     lines.append(_line("checkpoints", str(len(found))))
-    lines += ["", *(_checkpoint(p, verify=verify) for p in found)]
+    explained = [_checkpoint(p, verify=verify) for p in found]
+    lines += ["", *(text for text, _ in explained)]
     lines.append(_line("on disk", _bytes(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))))
-    return "\n".join(lines)
+    return "\n".join(lines), all(sound for _, sound in explained)
+
+
+def _figure(value: float | None) -> str:
+    """Four digits; metrics.jsonl has null where a number was not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -178,15 +191,16 @@ def _last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | N
     return last.get("step"), last.get("eval")
 
 
-def _checkpoint(folder: Path, *, verify: bool, tensors: bool = False) -> str:
+def _checkpoint(folder: Path, *, verify: bool, tensors: bool = False) -> tuple[str, bool]:
     from bigtrain.checkpoint.describe import describe, tensor_lines
     from bigtrain.checkpoint.format import DamagedError
 
     try:
         found = describe(folder, verify=verify)
     except DamagedError as e:
-        return f"checkpoint  {folder}\nDAMAGED     {e}"
-    return "\n".join([str(found), *(["", *tensor_lines(found)] if tensors else []), ""])
+        return f"checkpoint  {folder}\nDAMAGED     {e}", False
+    text = "\n".join([str(found), *(["", *tensor_lines(found)] if tensors else []), ""])
+    return text, not found.problems
 
 
 def _dataset(folder: Path, *, verify: bool) -> str:
@@ -222,10 +236,21 @@ def _shard(path: Path) -> str:
 
     index = read_index(path.with_suffix(".idx"))
     tokens = int(index.lengths.sum())
-    size = os.path.getsize(path.with_suffix(".bin"))
+    data = path.with_suffix(".bin")
+    try:
+        size = os.path.getsize(data)
+    except OSError as e:
+        raise UserError(f"cannot read the shard: {e.strerror}", where=str(data), do="check the path") from e
+    expected = tokens * np.dtype(index.dtype).itemsize
+    if size != expected:
+        raise UserError(
+            f"has {size} bytes, its index says {expected}: truncated or altered",
+            where=str(data),
+            do="copy the file again from its source, or prepare the corpus again",
+        )
     return "\n".join(
         [
-            _line("shard", str(path.with_suffix(".bin"))),
+            _line("shard", str(data)),
             _line("tokens", f"{tokens:,} {index.dtype} in {len(index.lengths):,} documents"),
             _line("on disk", _bytes(size)),
         ]

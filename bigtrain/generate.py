@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -28,6 +29,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | Sequence[int] = 1,
+    vocab: int | None = None,
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     decode: Decode | None = None,
@@ -36,7 +38,8 @@ def generate(
     """Continue each prompt; returns the new ids of each.
 
     temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all), then top_p the likeliest
-    whose probabilities reach p. A seed for each prompt, or one: prompt i then draws from (seed, i).
+    whose probabilities reach p. vocab: ids from there on are never written (rows of the embedding that the
+    tokenizer has no piece for). A seed for each prompt, or one: prompt i then draws from (seed, i).
 
     A row ends after max_new_tokens; at an id of stop_ids, which is left out; at a stop string, where the ids
     returned are those whose text ends before it; or when prompt and new tokens together reach
@@ -57,7 +60,8 @@ def generate(
     model.eval()
     try:
         with torch.inference_mode():
-            _run(model, rows, temperature, top_k, top_p, frozenset(stop_ids), on_text)
+            pick = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+            _run(model, rows, vocab, pick, frozenset(stop_ids), on_text)
     finally:
         model.train(was_training)
     return [row.new for row in rows]
@@ -145,9 +149,8 @@ class _Text:
 def _run(
     model: Transformer | LSTM,
     rows: list[_Row],
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    vocab: int | None,
+    pick: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     stop_ids: frozenset[int],
     on_text: OnText | None,
 ) -> None:
@@ -162,7 +165,7 @@ def _run(
     last = logits[torch.arange(len(rows)), torch.tensor(lengths) - 1]
     while not all(row.done for row in rows):
         uniforms = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=device)
-        tokens = sample(last, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+        tokens = pick(last[:, :vocab], uniforms)
         for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             if not row.done and (final := row.accept(token, stop_ids)) and on_text:
                 on_text(i, final)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from bigtrain.data.tokenizer import replace_surrogates
 from bigtrain.errors import UserError
 from bigtrain.generate import generate
 from bigtrain.pretrained import Pretrained, open_model
@@ -24,7 +25,9 @@ def write_text(
 ) -> list[str]:
     """Continue every prompt; returns the new text of each (without its prompt)."""
     tokenizer = trained.tokenizer
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    # A document begins with BOS; a tokenizer without one begins after the end of another document.
+    begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else [tokenizer.eos_id]
+    ids = [[*begin, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     written = generate(
         trained.model,
         ids,
@@ -33,6 +36,7 @@ def write_text(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        vocab=tokenizer.vocab_size,
         stop_ids=[tokenizer.eos_id],
         stop_strings=stop or [],
         decode=tokenizer.decode,
@@ -42,14 +46,15 @@ def write_text(
 
 def generate_command(args: argparse.Namespace) -> int:
     """Run the verb."""
-    prompts = list(args.prompt)
-    if args.prompt_file == "-":
-        prompts.append(sys.stdin.read())
-    elif args.prompt_file:
+    if args.samples < 1:
+        raise UserError(f"{args.samples} continuations make no text", where="--samples", do="give 1 or more")
+    prompts = [replace_surrogates(prompt)[0] for prompt in args.prompt]
+    if args.prompt_file:
         try:
-            prompts.append(Path(args.prompt_file).read_text(encoding="utf-8"))
+            raw = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+            prompts.append(raw.decode())
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"cannot read the prompt: {e}", where=args.prompt_file) from e
+            raise UserError(f"cannot read the prompt: {e}", where=args.prompt_file, do="UTF-8 text") from e
     prompts = [p for p in prompts or [""] for _ in range(args.samples)]
     trained = open_model(args.model)
     for warning in trained.warnings:

@@ -6,6 +6,7 @@ becomes unstable. Start large and decrease, as the primer says, but know where "
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from pathlib import Path
 
 from bigtrain.budget import Progress
 from bigtrain.config import Config
-from bigtrain.errors import RunError
+from bigtrain.errors import RunError, UserError
 
-FIRST, LAST, STEPS = 1e-6, 1.0, 120
+FIRST, STEPS = 1e-6, 120
+LAST = {"adamw": 1.0, "muon": 1.0, "sgd": 100.0}
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,21 @@ def lr_find(config: Config, run: str | Path) -> int:
     from bigtrain.plots import lr_find_curve
     from bigtrain.train import assemble
 
+    folder = Path(run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(
+            f"cannot be a folder: {e.strerror}", where=str(run), do="give another --run-dir"
+        ) from e
     mesh = rendezvous()
-    parts = assemble(config, mesh)
-    factor = (LAST / FIRST) ** (1 / (STEPS - 1))
+    factor = (LAST[config.optim.kind] / FIRST) ** (1 / (STEPS - 1))
     lrs: list[float] = []
     losses: list[float] = []
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(mesh.close)
+        parts = assemble(config, mesh)
+        stack.callback(parts.close)
         for i, microbatches in enumerate(parts.steps(Progress(), STEPS)):
             lr = FIRST * factor**i
             (counted,) = mesh.sum([sum(b.counted() for b in microbatches)])
@@ -83,19 +94,20 @@ def lr_find(config: Config, run: str | Path) -> int:
             losses.append(loss)
             if mesh.first and i % 10 == 0:
                 print(f"lr-find {i + 1:3d}/{STEPS}  lr {lr:.2e}  loss {loss:.4f}", flush=True)
-    finally:
-        parts.close()
-        mesh.close()
     if not mesh.first:
         return 0
     found = suggest(lrs, losses)
-    folder = Path(run)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "lr_find.json").write_text(json.dumps(vars(found), indent=1) + "\n")
     picture = lr_find_curve(found.lrs, found.losses, found.suggestion, folder / "lr_find.png")
+    diverged = len(lrs) < STEPS
     print(
-        f"\nlowest loss at lr {found.lowest:.1e}, which is where it begins to be unstable\n"
-        f"start with       --set optim.lr={found.suggestion:.1e}\n"
+        f"\nlowest loss at lr {found.lowest:.1e}, "
+        + (
+            "a little below where it diverges\n"
+            if diverged
+            else "and it did not diverge up to the largest rate\n"
+        )
+        + f"start with       --set optim.lr={found.suggestion:.1e}\n"
         f"curve            {picture}"
     )
     return 0

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.budget import Progress
+from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.store import prune, resume, save
 from bigtrain.console import Console, Startup, summary
 from bigtrain.engine import StepResult, engine_name
@@ -50,24 +51,30 @@ class Recorder:
             self.progress = Progress(**found.state["progress"])
             self.run.notes.extend(found.warnings)
             self.run.notes.append(f"resumed from {found.path.name}")
-        self.run.begin(self.progress.step)
+        # Without a checkpoint nothing that was recorded stays, not even an evaluation at step 0.
+        first = self.progress.step if found is not None else -1
+        together(parts.mesh, lambda: self.run.begin(first))
         self.startup.done("resume")
         return self.progress
 
     def begin(self, progress: Progress, total_steps: int, peak: Suggestion) -> None:
-        """Open the sinks and the console, tell what is about to happen."""
+        """Open the sinks and the console, tell what is about to happen. All ranks learn of a failure."""
+        mesh = self.parts.mesh
+        together(mesh, lambda: self._begin(progress, total_steps, peak) if mesh.first else None)
+
+    def _begin(self, progress: Progress, total_steps: int, peak: Suggestion) -> None:
         parts, config = self.parts, self.parts.config
-        if not parts.mesh.first:
-            return
         shutil.copyfile(parts.tokenizer.path, self.run.path / "tokenizer.model")
         self.console = Console(
             total_steps=total_steps,
             every_steps=config.log.every_steps,
-            tokens_total=parts.schedule.samples(total_steps) * config.data.sequence_length,
+            tokens_total=progress.tokens + parts.tokens_between(progress.step, total_steps),
             device=parts.mesh.device,
             devices=parts.mesh.world,
             startup=self.startup,
         )
+        if not parts.held_out:
+            self.run.notes.append("the dataset has no held-out text: there will be no evaluation")
         for note in self.run.notes:
             self.console.say(note)
         source = (
@@ -76,12 +83,18 @@ class Recorder:
             else ""
         )
         engine = engine_name(config, parts.mesh.world)
+        ahead = f"steps {progress.step + 1:,} to {total_steps:,}"
+        if progress.step >= total_steps:
+            ahead = f"all {total_steps:,} steps are done"
+        zero = f" (ZeRO {config.layout.zero})" if engine == "zero" else ""
         self.console.say(
-            f"{self.run.path}: steps {progress.step + 1:,} to {total_steps:,} on {parts.mesh.world} x "
-            f"{parts.mesh.device.type}, {engine} engine"
-            + (f" (ZeRO {config.layout.zero})" if engine == "zero" else "")
-            + f", {config.train.precision}, peak lr {peak.value:.3g}{source}"
+            f"{self.run.path}: {ahead} on {parts.mesh.world} x {parts.mesh.device.type}, {engine} engine{zero}, "
+            f"{config.train.precision}, peak lr {peak.value:.3g}{source}"
         )
+        if config.layout.offload == "optimizer":
+            self.console.say(
+                "the optimizer state is kept and updated in host memory, by PyTorch's fused AdamW"
+            )
         if parts.corpus.longest > config.data.sequence_length + 1:
             self.console.say(
                 f"the longest document has {parts.corpus.longest:,} tokens: documents longer than a sequence "
@@ -147,6 +160,9 @@ class Recorder:
         """The run ended as it should: say so, in outcome.json and on the console."""
         self._close()
         self.run.finish(state, progress.step, reason)
+
+    def tell(self, state: State) -> None:
+        """The end-of-run summary, once the outcome is written."""
         if self.parts.mesh.first:
             again = "the same command goes on from here" if state == "preempted" else ""
             print("\n" + summary(self.run.path, again), flush=True)

@@ -139,8 +139,13 @@ def _take(
 ) -> tuple[int, list[str]]:
     """Lock, compare with the run that is there, write what this attempt adds. Returns (attempt, notes)."""
     notes: list[str] = []
-    path.mkdir(parents=True, exist_ok=True)
-    lock = _locked(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+    except OSError as e:
+        raise UserError(
+            f"cannot be a run directory: {e.strerror}", where=str(path), do="give another --run-dir"
+        ) from e
     try:
         if fresh and any(entry.name != _LOCK for entry in path.iterdir()):
             aside = next(

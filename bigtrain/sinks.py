@@ -3,6 +3,7 @@ run."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import queue
@@ -64,16 +65,24 @@ class Sinks:
                 )
 
 
+def check_sinks(config: LogConfig) -> None:
+    """UserError when [log] asks for a package that is not installed; on every rank, before anything starts."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "log.wandb is set, but the package wandb is not installed",
+            where="log.wandb",
+            do="pip install 'bigtrain[wandb]', or remove the key",
+        )
+
+
 def open_sinks(config: LogConfig, run: Path, name: str, *, step: int, warn: Callable[[str], None]) -> Sinks:
-    """The sinks that [log] asks for, going on after `step`. Raises UserError when a package is missing."""
+    """The sinks that [log] asks for, going on after `step`. See `check_sinks`."""
     sinks: list[Sink] = [JsonlSink(run / "metrics.jsonl")]
     if config.tensorboard:
         sinks.append(TensorBoardSink(run / "tensorboard", step))
     if config.wandb:
         try:
             sinks.append(WandbSink(config.wandb, name, run))
-        except UserError:
-            raise
         except Exception as e:  # no network, no login: that is no reason not to train
             warn(f"Weights & Biases did not start and is left out: {type(e).__name__}: {e}")
     return Sinks(sinks, warn)
@@ -164,15 +173,9 @@ class WandbSink:
     """A Weights & Biases run, the same one again when a run resumes."""
 
     def __init__(self, project: str, name: str, run: Path) -> None:
-        """Raises UserError when wandb is not installed, wandb's own errors when it cannot start."""
-        try:
-            import wandb
-        except ImportError as e:
-            raise UserError(
-                "log.wandb is set, but the package wandb is not installed",
-                where="log.wandb",
-                do="pip install 'bigtrain[wandb]', or remove the key",
-            ) from e
+        """Raises wandb's own errors when it cannot start."""
+        import wandb
+
         identity = run / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,10 +13,11 @@ from pathlib import Path
 import torch
 
 from bigtrain.budget import BatchSchedule, Progress, check_layout, rank_samples
+from bigtrain.checkpoint.agree import together
 from bigtrain.config import Config
 from bigtrain.configfile import render
 from bigtrain.console import Startup
-from bigtrain.data.corpus import Corpus
+from bigtrain.data.corpus import Corpus, verify
 from bigtrain.data.loader import Loader
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.engine import Engine, build_device, check_engine, engine_name, make_engine
@@ -28,7 +30,11 @@ from bigtrain.plan.scaling import peak_learning_rate
 from bigtrain.recorder import Recorder
 from bigtrain.rundir import RunDir
 from bigtrain.signals import StopFlag
+from bigtrain.sinks import check_sinks
 from bigtrain.trainer import Trainer
+
+VERIFIED_TOKENS = 2**28
+"""Corpora up to this size are verified before training: at most 1 GB, read at 2 GB/s."""
 
 
 @dataclass
@@ -44,6 +50,11 @@ class Parts:
     """This rank's held-out microbatches; empty when the dataset has no held-out token."""
     engine: Engine
     schedule: BatchSchedule
+
+    def tokens_between(self, first: int, last: int) -> int:
+        """Tokens that steps first .. last - 1 consume."""
+        samples = self.schedule.samples(max(first, last)) - self.schedule.samples(first)
+        return samples * self.config.data.sequence_length
 
     def steps(self, progress: Progress, total_steps: int) -> Iterator[list[Batch]]:
         """This rank's microbatches of every step left, read ahead in the background."""
@@ -69,7 +80,9 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     _check_same_config(config, mesh)
     schedule = BatchSchedule.of(config)
     check_layout(schedule, config.train.microbatch, mesh.data_size)
+    check_sinks(config.log)
     corpus = Corpus.open(config.data.path)
+    _verify_small(corpus, mesh)
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
     loader = loader_of(config, corpus, tokenizer)
     _ = loader.windows  # a corpus too short for one sequence is said before anything is built
@@ -86,6 +99,16 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
     return Parts(
         config, mesh, corpus, tokenizer, loader, held_out, make_engine(model, config, mesh), schedule
     )
+
+
+def _verify_small(corpus: Corpus, mesh: Mesh) -> None:
+    """Compare the checksums of a corpus that is read in a second; larger ones by `bigtrain inspect --verify`.
+
+    Raises UserError on every rank when a shard was altered. A plain Megatron corpus has no checksums.
+    """
+    folder = corpus.tokenizer_path.parent
+    if (folder / "dataset.json").is_file() and corpus.num_tokens <= VERIFIED_TOKENS:
+        together(mesh, lambda: verify(folder) if mesh.first else 0)
 
 
 def _default_threads(mesh: Mesh) -> int:
@@ -143,20 +166,17 @@ def train(config: Config, run: str | Path, *, fresh: bool = False, began: float 
     """
     startup = Startup(began)
     startup.done("imports")
-    stop = StopFlag()
-    mesh = rendezvous()
-    try:
+    with contextlib.ExitStack() as stack:
+        stop = StopFlag()
+        stack.callback(stop.close)
+        mesh = rendezvous()
+        stack.callback(mesh.close)
         parts = assemble(config, mesh)
+        stack.callback(parts.close)
         startup.done("model and data")
         run_dir = RunDir.open(run, config, fresh=fresh, mesh=mesh, data=parts.corpus.manifest_hash)
-        try:
-            _run(parts, Recorder(parts, run_dir, startup), stop)
-        finally:
-            run_dir.close()
-            parts.close()
-    finally:
-        mesh.close()
-        stop.close()
+        stack.callback(run_dir.close)
+        _run(parts, Recorder(parts, run_dir, startup), stop)
     return 0
 
 
@@ -165,9 +185,8 @@ def _run(parts: Parts, recorder: Recorder, stop: StopFlag) -> None:
     try:
         progress = recorder.resume()
         total = parts.schedule.total_steps(parts.config, progress)
-        peak = peak_learning_rate(
-            parts.config, parts.schedule.samples(total) * parts.config.data.sequence_length
-        )
+        ahead = parts.tokens_between(progress.step, total)
+        peak = peak_learning_rate(parts.config, progress.tokens + ahead)
         recorder.begin(progress, total, peak)
         trainer = Trainer(
             config=parts.config,
@@ -187,6 +206,7 @@ def _run(parts: Parts, recorder: Recorder, stop: StopFlag) -> None:
     except BaseException as e:
         recorder.fail(str(e) if isinstance(e, BigtrainError) else f"{type(e).__name__}: {e}")
         raise
+    recorder.tell(state)
 
 
 def _rate(config: Config, peak: float, total_steps: int, step: int) -> float:

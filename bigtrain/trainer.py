@@ -75,15 +75,14 @@ class Trainer:
                 return "preempted"
             if overdue:
                 self._save()
+                started = time.perf_counter()
             self._step(microbatches, int(counted), started)
             # Evaluated before saved: a kill between the two makes the step, and so the evaluation, again.
-            if self._due(self.config.train.eval_every):
+            last = self.progress.step == self.total_steps
+            if last or self._due(self.config.train.eval_every):
                 self._evaluate()
-            if self._due(self.config.checkpoint.every_steps):
+            if last or self._due(self.config.checkpoint.every_steps):
                 self._save()
-        if not self._due(self.config.train.eval_every):
-            self._evaluate()
-        self._save()
         return "done"
 
     def _step(self, microbatches: list[Batch], counted: int, started: float) -> None:

@@ -71,3 +71,9 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_fits() -> None:
         check_layout(BatchSchedule(8, 8, 0), 1, 3)
     with pytest.raises(UserError, match="rising from 6"):
         check_layout(BatchSchedule(8, 6, 10), 4, 1)
+
+
+def test_samples_of_the_first_steps_are_the_sum_of_their_sizes() -> None:
+    schedule = BatchSchedule(full=16, start=4, ramp_steps=7)
+    for steps in (0, 1, 6, 7, 12):
+        assert schedule.samples(steps) == sum(schedule.size(s) for s in range(steps))

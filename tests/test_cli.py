@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
+from bigtrain import cli
 from bigtrain.cli import main
+from bigtrain.configfile import find_config, load
+from bigtrain.data.manifest import read_manifest
+from tests.data_parts import random_documents, write_corpus
 
 VERBS = ["prepare", "train", "generate", "evaluate", "inspect", "quickstart"]
 
@@ -89,8 +98,54 @@ def test_prepare_reports_and_inspect_explains(tmp_path: Path, capsys: pytest.Cap
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_prepare_takes_every_kind_of_input(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    chinese = "大型语言模型需要大量的文本。今天天气很好，我们去公园散步。\n"  # noqa: RUF001
+    mixed = "Training 训练 is 是 fun 有趣! \U0001f600 naïve café\n"
+    (texts / "a.md").write_text(chinese * 40, encoding="utf-8")
+    (texts / "b.txt").write_text(mixed * 40, encoding="utf-8")
+    (texts / "c.py").write_text("def f(x):\n    return x + 1\n" * 40)
+    rows = "".join(json.dumps({"text": f"row {i} {mixed}"}, ensure_ascii=False) + "\n" for i in range(30))
+    with gzip.open(texts / "d.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(rows)
+    (texts / "e.jsonl.zst").write_bytes(zstandard.compress(rows.encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [chinese, mixed] * 10}), texts / "f.parquet")
+    common = ["--tokenizer-kind", kind, "--vocab-size", "340", "--validation-fraction", "0.1"]
+    assert main(["prepare", str(texts), "--out", str(tmp_path / "all"), *common]) == 0
+    glob = str(texts / "*.jsonl.*")
+    model = str(tmp_path / "all" / "tokenizer.model")
+    assert main(["prepare", glob, "--out", str(tmp_path / "some"), "--tokenizer", model]) == 0
+    assert capsys.readouterr().out.count("vocabulary 340") == 2
+    documents = read_manifest(tmp_path / "all").splits
+    assert sum(s.documents for shards in documents.values() for s in shards) == 3 + 30 + 30 + 20
+    assert main(["inspect", str(tmp_path / "some"), "--verify"]) == 0
+
+
+def test_a_damaged_shard_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path, random_documents(5, 50))
+    shard = tmp_path / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert main(["inspect", str(shard)]) == 2
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_examples_in_the_help_name_configs_that_exist() -> None:
+    text = Path(cli.__file__).read_text(encoding="utf-8")
+    names = set(re.findall(r"bigtrain train ([a-z0-9.-]+)", text)) - {"-"}
+    assert {"quickstart", "lstm"} <= names
+    for name in names:
+        assert find_config(name).is_file()
+    size = int(re.findall(r"--out data/mine --vocab-size (\d+)", text)[0])
+    assert size <= load(find_config("quickstart")).model.vocab_size
+
+
 def test_inspect_explains_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "llama-8b"]) == 0
     text = capsys.readouterr().out
     assert "8,030,261,248" in text
-    assert "FLOPs" in text
+    for word in ("FLOPs", "tokens a parameter", "on disk"):
+        assert word in text

@@ -239,3 +239,12 @@ def test_broken_weights_are_named() -> None:
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(RunError, match="not finite"):
         generate(model, [[1]], max_new_tokens=3)
+
+
+def test_rows_without_a_piece_are_never_written() -> None:
+    model = model_of("llama") if "llama" in VARIANTS else model_of(CAUSAL[0])
+    for temperature in (0.0, 5.0):
+        texts = generate(model, PROMPTS, max_new_tokens=12, temperature=temperature, vocab=30)
+        assert max(token for text in texts for token in text) < 30
+    free = generate(model, PROMPTS, max_new_tokens=12, temperature=5.0)
+    assert max(token for text in free for token in text) >= 30, "without the limit they would be"

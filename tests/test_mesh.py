@@ -34,7 +34,7 @@ from bigtrain.mesh import Place, discover, rendezvous
                 "SLURM_PROCID": "5",
                 "SLURM_NTASKS": "8",
                 "SLURM_LOCALID": "1",
-                "SLURM_NTASKS_PER_NODE": "4",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
                 "SLURM_STEP_ID": "0",
             },
             Place(5, 8, 1, 4, "slurm"),

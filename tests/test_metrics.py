@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from bigtrain.metrics import (
     recent_losses,
     to_json,
 )
-from bigtrain.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, open_sinks
+from bigtrain.sinks import JsonlSink, Sink, Sinks, TensorBoardSink, check_sinks, open_sinks
 
 CPU = torch.device("cpu")
 
@@ -256,7 +257,7 @@ def test_wandb_without_its_package_is_a_user_error(tmp_path: Path, monkeypatch: 
         import wandb  # noqa: F401
     except ImportError:
         with pytest.raises(UserError, match=r"bigtrain\[wandb\]"):
-            open_sinks(LogConfig(tensorboard=False, wandb="p"), tmp_path, "n", step=0, warn=print)
+            check_sinks(LogConfig(tensorboard=False, wandb="p"))
     else:
         monkeypatch.setenv("WANDB_MODE", "offline")
         sinks = open_sinks(LogConfig(tensorboard=False, wandb="p"), tmp_path, "n", step=0, warn=pytest.fail)
@@ -264,6 +265,19 @@ def test_wandb_without_its_package_is_a_user_error(tmp_path: Path, monkeypatch: 
             sinks.write(record)
         sinks.close()
         assert (tmp_path / "wandb_id").read_text()
+
+
+def test_a_wandb_that_cannot_start_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    said: list[str] = []
+    sinks = open_sinks(LogConfig(tensorboard=False, wandb="p"), tmp_path, "n", step=0, warn=said.append)
+    sinks.write(next(iter(steps(1))))
+    sinks.close()
+    assert len(said) == 1
+    assert "no network" in said[0]
 
 
 def test_evaluations_are_records_too() -> None:

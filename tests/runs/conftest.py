@@ -131,4 +131,5 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     done = tiny.train(run)
     assert done.code == 0, done.err
+    assert "are read in parts, none is lost" in done.out, "documents longer than a sequence are announced"
     return run

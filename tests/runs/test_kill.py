@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.runs, pytest.mark.timeout(400)]
 
 
 def test_killed_ten_times_the_run_is_the_same_to_the_bit(tiny: Tiny, tmp_path: Path) -> None:
-    settings = ["train.steps=400", "checkpoint.every_steps=7", "train.eval_every=0"]
+    settings = ["train.steps=400", "checkpoint.every_steps=7", "train.eval_every=50"]
     undisturbed = tmp_path / "undisturbed"
     assert tiny.train(undisturbed, *settings).code == 0
     run = tmp_path / "killed"
@@ -41,7 +42,14 @@ def test_killed_ten_times_the_run_is_the_same_to_the_bit(tiny: Tiny, tmp_path: P
     last = tiny.train(run, *settings)
     assert last.code == 0, last.err
     assert losses_of(run) == losses_of(undisturbed)
+    assert evaluations(run) == evaluations(undisturbed)
     assert weights_of(run) == weights_of(undisturbed)
+
+
+def evaluations(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every held-out evaluation."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records if r["kind"] == "eval"]
 
 
 def wait_for_a_new_step(run: Path, process: subprocess.Popen[str]) -> None:

@@ -75,7 +75,7 @@ def test_the_readme_commands_on_ones_own_text_work_in_order(tiny: Tiny, tmp_path
 
 
 def test_the_quickstart_goes_all_the_way(tiny: Tiny, tmp_path: Path) -> None:
-    short = ["--set", "train.steps=6", "--set", "train.eval_every=3", "--set", "optim.warmup_steps=1"]
+    short = ["--set", "train.steps=24", "--set", "train.eval_every=12", "--set", "optim.warmup_steps=1"]
     done = run_in(tmp_path, tiny, ["quickstart", *short, "--set", "train.eval_sequences=8"])
     assert done.code == 0, done.err
     for words in (
@@ -89,10 +89,14 @@ def test_the_quickstart_goes_all_the_way(tiny: Tiny, tmp_path: Path) -> None:
         assert words.lower() in done.out.lower(), words
     run = tmp_path / "runs" / "quickstart"
     assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events*"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figures = [r["bits_per_byte"] for r in records if r["kind"] == "eval"]
+    assert figures[-1] < figures[0] - 0.2, "twenty-four steps already show"
     assert (run / "samples" / "after.txt").read_text(encoding="utf-8")
     resume = [line for line in done.out.splitlines() if line.startswith("train longer")]
-    arguments = shlex.split(resume[0].split("bigtrain", 1)[1].replace("train.steps=6000", "train.steps=8"))
+    arguments = shlex.split(resume[0].split("bigtrain", 1)[1].replace("train.steps=6000", "train.steps=26"))
     again = run_in(tmp_path, tiny, arguments)
     assert again.code == 0, again.err
-    assert "resumed from step_00000006" in again.out
+    assert "resumed from step_00000024" in again.out
     assert os.path.getsize(run / "metrics.jsonl") > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -107,10 +108,13 @@ def test_two_processes_draw_the_same_curve_and_continue_on_one(
 
 def test_the_clock_asks_for_saves_too(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    by_time = ["checkpoint.every_steps=0", "checkpoint.every_minutes=0.0001", "checkpoint.keep_last=99"]
-    assert tiny.train(run, *by_time, "train.steps=6", "train.eval_every=0").code == 0
-    saved = [p.name for p in (run / "checkpoints").iterdir()]
-    assert len(saved) >= 4, "six milliseconds pass in nearly every step"
+    by_time = ["checkpoint.every_steps=0", "checkpoint.every_minutes=0.00001", "checkpoint.keep_last=1"]
+    assert (
+        tiny.train(run, *by_time, "checkpoint.keep_every=2", "train.steps=7", "train.eval_every=0").code == 0
+    )
+    saved = sorted(p.name for p in (run / "checkpoints").iterdir())
+    # 0.6 ms pass in every step, so every step is saved; kept are the newest and the multiples of two.
+    assert saved == [f"step_{step:08d}" for step in (2, 4, 6, 7)]
 
 
 def test_lstm_and_masked_models_train_through_the_same_command(tiny: Tiny, tmp_path: Path) -> None:
@@ -125,6 +129,68 @@ def test_lstm_and_masked_models_train_through_the_same_command(tiny: Tiny, tmp_p
     masked = tiny.train(tmp_path / "masked", "model.objective=masked", "loss.mask_rate=0.3")
     assert masked.code == 0, masked.err
     assert losses_of(tmp_path / "masked")[-1] < losses_of(tmp_path / "masked")[0] - 0.1
+
+
+def test_evaluate_gives_what_training_gave(tiny: Tiny, whole: Path) -> None:
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    last = [r for r in records if r["kind"] == "eval"][-1]
+    done = tiny("evaluate", str(whole), "--sequences", "8", "--json")
+    figures = json.loads(done.out)
+    assert figures["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert figures["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    text = tiny("evaluate", str(whole), "--split", "train", "--sequences", "4").out
+    assert "bits per byte" in text
+    assert "train" in text
+
+
+def test_text_of_another_tokenizer_is_refused(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("one two three four five six seven eight nine ten\n" * 200)
+    assert tiny("prepare", str(source), "--out", str(tmp_path / "data"), "--vocab-size", "280").code == 0
+    refused = tiny("evaluate", str(whole), "--data", str(tmp_path / "data"), "--split", "train")
+    assert refused.code == 2
+    assert "another tokenizer" in refused.err
+
+
+def test_generate_takes_every_option(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("class ")
+    options = ["--prompt", "def ", "--prompt-file", str(tmp_path / "prompt"), "--samples", "2"]
+    options += [
+        "--max-new-tokens",
+        "10",
+        "--temperature",
+        "1.0",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.9",
+        "--stop",
+        "zzz",
+    ]
+    checkpoint = str(whole / "checkpoints" / "step_00000030")
+    texts = [tiny("generate", checkpoint, *options, "--seed", seed).out for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].count("---") == 8, "four continuations, numbered"
+    assert tiny("inspect", checkpoint).out.count("embed_tokens.weight") == 1
+
+
+def test_sixteen_bits_resume_to_the_bit(tiny: Tiny, tmp_path: Path) -> None:
+    for precision in ("bf16", "fp16"):
+        settings = [f"train.precision={precision}", "optim.schedule=constant", "train.eval_every=0"]
+        straight, stopped = tmp_path / f"{precision}-straight", tmp_path / f"{precision}-stopped"
+        assert tiny.train(straight, *settings, "train.steps=12").code == 0
+        assert tiny.train(stopped, *settings, "train.steps=6").code == 0
+        assert tiny.train(stopped, *settings, "train.steps=12").code == 0
+        assert losses_of(stopped) == losses_of(straight)
+        assert weights_of(stopped) == weights_of(straight)
+
+
+def test_a_run_directory_that_cannot_be_one(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    refused = tiny.train(tmp_path / "file")
+    assert refused.code == 2
+    assert "--run-dir" in refused.err
 
 
 def test_verbs_on_a_trained_run(tiny: Tiny, whole: Path) -> None:
@@ -177,6 +243,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(
     )
     assert failed.code == 1, failed.out
     assert "not finite" in failed.err
+    assert "not finite" in tiny("inspect", str(run)).out
     assert "samples" in failed.err
     assert "Traceback" not in failed.err
     outcome = json.loads((run / "outcome.json").read_text())
@@ -233,15 +300,23 @@ def test_a_damaged_shard_is_named(tiny: Tiny, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny.data, data)
     shard = next(data.glob("train-*.bin"))
-    shard.write_bytes(shard.read_bytes()[:-10])
-    refused = tiny.train(tmp_path / "run", f"data.path={data}")
-    assert refused.code == 2
-    assert shard.name in refused.err
-    assert "truncated" in refused.err
+    sound = shard.read_bytes()
+    flipped = bytearray(sound)
+    flipped[1000] ^= 1
+    for content, word in ((sound[:-10], "truncated"), (bytes(flipped), "altered")):
+        shard.write_bytes(content)
+        refused = tiny.train(tmp_path / "run", f"data.path={data}")
+        assert refused.code == 2
+        assert shard.name in refused.err
+        assert word in refused.err
 
 
-def test_lr_find_draws_the_curve_and_suggests(tiny: Tiny, tmp_path: Path) -> None:
-    found = tiny.train(tmp_path / "run", flags=["--lr-find"])
+LSTM = ["model.kind=lstm", "model.dropout=0.2", "model.tied=false", "model.heads=none", "model.kv_heads=none"]
+
+
+@pytest.mark.parametrize("settings", [[], [*LSTM, "optim.kind=sgd", "optim.lr=1.0"]])
+def test_lr_find_draws_the_curve_and_suggests(tiny: Tiny, tmp_path: Path, settings: list[str]) -> None:
+    found = tiny.train(tmp_path / "run", *settings, flags=["--lr-find"])
     assert found.code == 0, found.err
     assert "optim.lr=" in found.out
     assert (tmp_path / "run" / "lr_find.png").read_bytes().startswith(b"\x89PNG")
@@ -253,6 +328,8 @@ def test_dry_prints_the_resolved_config_and_what_follows(tiny: Tiny, tmp_path: P
     for word in ("parameters", "FLOPs", "Step Law", "[model]", "tokens"):
         assert word in dry.out
     assert not (tmp_path / "run").exists()
+    for setting in ("train.microbatch=3", "model.vocab_size=100"):
+        assert tiny.train(tmp_path / "run", setting, flags=["--dry"]).code == 2
 
 
 def test_the_torchrun_script_passes_a_signal_on_and_every_rank_saves(tiny: Tiny, tmp_path: Path) -> None:
