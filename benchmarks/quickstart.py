@@ -36,6 +36,7 @@ def main() -> None:
         "samples_after": (run / "samples" / "after.txt").read_text(encoding="utf-8"),
     }
     out = Path(__file__).parent / "results" / "quickstart.json"
+    out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(out)
 
