@@ -121,6 +121,8 @@ def test_a_vocabulary_larger_than_the_text_supports_names_the_largest(kind: Kind
 
 
 def test_a_vocabulary_too_small_is_refused(kind: Kind, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too little for any"):
+        train_tokenizer(["ab ba"], tmp_path / "t.model", kind="unigram", vocab_size=340)
     with pytest.raises(UserError, match="vocab_size 200 is too small: 263 entries"):
         train_tokenizer(texts(), tmp_path / "t.model", kind=kind, vocab_size=200)
     with pytest.raises(

@@ -64,10 +64,11 @@ def train_tokenizer(
     try:
         write_whole(out, model_of(vocab_size))
     except _TooLargeError as error:
-        largest = _largest(model_of, error.most)
+        largest = _largest(model_of, error.most, fixed)
         raise UserError(
-            f"vocab_size {vocab_size} is larger than the text supports: at most {largest} pieces ({kind})",
-            do=f"use a vocab_size of {largest} or less, or give more text",
+            f"vocab_size {vocab_size} is larger than the text supports: "
+            + (f"at most {largest} pieces ({kind})" if largest else f"it is too little for any ({kind})"),
+            do=(f"use a vocab_size of {largest} or less, or " if largest else "") + "give more text",
         ) from error
     return Tokenizer.load(out)
 
@@ -80,15 +81,19 @@ class _TooLargeError(Exception):
         self.most = most
 
 
-def _largest(model_of: Callable[[int], bytes], most: int) -> int:
-    """The vocabulary that does train: a smaller one knows fewer rare characters, so it may support less yet."""
-    while True:
+def _largest(model_of: Callable[[int], bytes], most: int, fixed: int) -> int:
+    """The vocabulary that does train: a smaller one knows fewer rare characters, so it may support less yet.
+
+    0 if that ends at the `fixed` entries, with no room for a character.
+    """
+    while most > fixed + 1:
         try:
             model_of(most)
         except _TooLargeError as error:
             most = error.most
         else:
             return most
+    return 0
 
 
 def training_lines(texts: Iterable[str]) -> tuple[list[str], Counter[str]]:
