@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from bigtrain.budget import BatchSchedule, Progress, check_layout
 from bigtrain.config import Config
 from bigtrain.configfile import find_config, load, render
 from bigtrain.errors import UserError
+from bigtrain.metrics import read_records
 from bigtrain.plan.flops import flops_per_token, non_embedding_parameters, parameters
 from bigtrain.plan.scaling import chinchilla_tokens, peak_learning_rate
 
@@ -158,11 +158,11 @@ def _run(folder: Path, *, verify: bool) -> tuple[str, bool]:
         )
     else:
         lines.append(_line("outcome", "none yet: running, or killed (the same train command resumes)"))
-    step, evaluation = _last_records(folder / "metrics.jsonl")
-    if step:
+    last = {record["kind"]: record for record in read_records(folder / "metrics.jsonl")}
+    if step := last.get("step"):
         text = f"{step['step']:,}, loss {_figure(step['loss'])}, {step['tokens']:,} tokens"
         lines.append(_line("last step", text))
-    if evaluation:
+    if evaluation := last.get("eval"):
         figures = f"loss {_figure(evaluation['loss'])}, {_figure(evaluation['bits_per_byte'])} bits per byte"
         lines.append(_line("held out", f"step {evaluation['step']:,}: {figures}"))
     found = list_checkpoints(folder / "checkpoints")
@@ -176,19 +176,6 @@ def _run(folder: Path, *, verify: bool) -> tuple[str, bool]:
 def _figure(value: float | None) -> str:
     """Four digits; metrics.jsonl has null where a number was not finite."""
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def _last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The last whole step and eval records."""
-    last: dict[str, dict[str, Any]] = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the torn last line of a killed run
-            last[record["kind"]] = record
-    return last.get("step"), last.get("eval")
 
 
 def _checkpoint(folder: Path, *, verify: bool, tensors: bool = False) -> tuple[str, bool]:
