@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bigtrain.config import Config
-from bigtrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -74,19 +73,22 @@ class BatchSchedule:
         return sum(self.size(step) for step in range(rising)) + (steps - rising) * self.full
 
 
-def check_layout(schedule: BatchSchedule, microbatch: int, data_size: int) -> None:
-    """UserError unless every global batch divides into whole microbatches on every data rank."""
-    if schedule.unit % (microbatch * data_size):
-        ramp = f" (rising from {schedule.start})" if schedule.start != schedule.full else ""
-        fits = [m for m in range(1, schedule.unit + 1) if schedule.unit % (m * data_size) == 0]
-        raise UserError(
-            f"a global batch of {schedule.full} sequences{ramp} does not divide into microbatches of "
-            f"{microbatch} on {data_size} ranks",
-            where="train.global_batch",
-            do=f"microbatch = {max(m for m in fits if m <= microbatch)} fits"
-            if fits
-            else f"use a global batch that is a multiple of {data_size}",
+def batch_problem(schedule: BatchSchedule, microbatch: int, data_size: int) -> str:
+    """Why some global batch does not divide into whole microbatches on every data rank; "" when all do."""
+    if schedule.unit % (microbatch * data_size) == 0:
+        return ""
+    ramp = f" (rising from {schedule.start})" if schedule.start != schedule.full else ""
+    fits = [m for m in range(1, schedule.unit + 1) if schedule.unit % (m * data_size) == 0]
+    smaller = [m for m in fits if m <= microbatch]
+    return (
+        f"train.global_batch: {schedule.full} sequences{ramp} do not divide into microbatches of {microbatch} on "
+        f"{data_size} data ranks; "
+        + (
+            f"microbatch = {max(smaller)} fits"
+            if smaller
+            else f"use a global batch that is a multiple of {data_size}"
         )
+    )
 
 
 def rank_samples(

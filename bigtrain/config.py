@@ -8,7 +8,7 @@ back into it: derived values live in the modules that need them and are printed 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -197,8 +197,30 @@ class OptimConfig(Section):
 
 
 class LayoutConfig(Section):
-    """How the work is laid over the ranks. Changing anything here changes speed and memory, never the curve."""
+    """How the work is laid over the ranks. Changing anything here changes speed and memory, never the curve.
 
+    ranks = pipeline x data x context x expert x tensor; data is whatever the others leave. One process alone runs
+    any layout, as if all axes were 1.
+    """
+
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share each layer's matrices and heads (inside one node: they talk in every layer)."""
+    sequence: bool = True
+    """With tensor > 1, norms and residuals are also shared, token by token: the same traffic, less memory."""
+    pipeline: int = Field(default=1, ge=1)
+    """Ranks that hold consecutive layers; microbatches flow through them."""
+    schedule: Literal["1f1b", "gpipe", "interleaved", "interleaved-zb", "zbv"] = "1f1b"
+    """Order of forward and backward passes in the pipeline; see `bigtrain inspect CONFIG --schedule`."""
+    chunks: int = Field(default=1, ge=1)
+    """Pieces of the model each pipeline rank holds: at least 2 for interleaved schedules, 2 for zbv, else 1."""
+    split: list[Annotated[int, Field(ge=0)]] | None = None
+    """Layers in each of the pipeline x chunks pieces, in model order. Default: balanced by cost, head included."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share each sequence, for long ones."""
+    context_by: Literal["gather", "ulysses"] = "gather"
+    """gather: keys and values of all ranks are gathered, the causal work balanced; ulysses: heads are exchanged."""
+    expert: int = Field(default=1, ge=1)
+    """Ranks that share the experts of a mixture-of-experts model; 1 for the models of this release."""
     engine: Literal["auto", "reference", "zero"] = "auto"
     """reference: plain PyTorch, one process; zero: DeepSpeed ZeRO. auto: reference on one process, else zero."""
     zero: Literal[0, 1, 2, 3] = 1
@@ -301,9 +323,90 @@ def batch_problems(c: Config) -> Iterator[str]:
         yield f"train.batch_ramp_from: {t.batch_ramp_from} is larger than the full global batch {full}"
 
 
+def layout_problems(c: Config) -> Iterator[str]:
+    """What does not fit together in [layout] and between it and the model, whatever the number of ranks.
+
+    What depends on the number of ranks is checked by `bigtrain.grid` before they meet.
+    """
+    layout, m = c.layout, c.model
+    yield from _axis_problems(layout, m)
+    yield from _pipeline_problems(layout, m)
+    if layout.offload != "none" and layout.engine == "reference":
+        yield 'layout.offload: needs engine = "zero"'
+
+
+def _axis_problems(layout: LayoutConfig, m: ModelConfig) -> Iterator[str]:
+    """Tensor, context and expert parallelism against the model's shapes."""
+    split = {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context}
+    if m.kind == "lstm":
+        for axis in (name for name, size in split.items() if size > 1):
+            yield f"layout.{axis}: an lstm runs data-parallel only (its state walks the sequence); set {axis} = 1"
+        return
+    if layout.expert > 1:
+        yield "layout.expert: this model has no experts; set expert = 1"
+    if m.heads is None:
+        return
+    H, K, t = m.num_heads, m.num_kv_heads, layout.tensor
+    fits = [n for n in range(1, H + 1) if H % n == 0 and (K % n == 0 or n % K == 0)]
+    if t not in fits:
+        yield (
+            f"layout.tensor: {t} ranks cannot share {H} heads with {K} key/value heads evenly; "
+            f"nearest that works: {_nearest(t, fits)}"
+        )
+        return
+    here, kv = H // t, max(1, K // t)
+    fits = [n for n in range(1, here + 1) if here % n == 0 and (kv % n == 0 or n % kv == 0)]
+    if layout.context_by == "ulysses" and layout.context not in fits:
+        yield (
+            f"layout.context: ulysses cannot share the {here} heads ({kv} kv) of a tensor rank among "
+            f"{layout.context}; "
+            f'nearest that works: {_nearest(layout.context, fits)}, or context_by = "gather"'
+        )
+
+
+def _pipeline_problems(layout: LayoutConfig, m: ModelConfig) -> Iterator[str]:
+    """Pipeline stages, chunks and the split against the model's layers and the ZeRO level."""
+    p, pieces = layout.pipeline, layout.pipeline * layout.chunks
+    if layout.schedule == "zbv" and layout.chunks != 2:
+        yield f'layout.chunks: schedule "zbv" holds 2 chunks a rank, not {layout.chunks}; set chunks = 2'
+    if layout.schedule.startswith("interleaved") and layout.chunks < 2:
+        yield f'layout.chunks: schedule "{layout.schedule}" needs at least 2 chunks a rank; set chunks = 2'
+    if layout.schedule in ("1f1b", "gpipe") and layout.chunks != 1:
+        yield (
+            f'layout.chunks: schedule "{layout.schedule}" has 1 chunk a rank; '
+            'set chunks = 1 or schedule = "interleaved"'
+        )
+    if p == 1 or m.kind == "lstm":
+        return
+    if pieces > m.layers:
+        fits = max(1, m.layers // layout.chunks)
+        yield (
+            f"layout.pipeline: {p} ranks x {layout.chunks} chunks are {pieces} pieces, but the model has only "
+            f"{m.layers} layers; nearest that works: pipeline = {fits}"
+        )
+    if layout.zero == 3:
+        yield (
+            "layout.zero: ZeRO 3 gathers weights in every microbatch of every stage, which undoes a pipeline; "
+            "nearest that works: zero = 1 (or pipeline = 1)"
+        )
+    if layout.split is not None and len(layout.split) != pieces:
+        yield f"layout.split: has {len(layout.split)} numbers, but pipeline x chunks are {pieces} pieces"
+    elif layout.split is not None and (
+        sum(layout.split) != m.layers or min(layout.split[1:-1], default=1) < 1
+    ):
+        yield (
+            f"layout.split: must sum to the model's {m.layers} layers, with 1 or more in each piece (0 only in the "
+            "first, which has the embedding, and in the last, which has the head)"
+        )
+
+
+def _nearest(wanted: int, fits: list[int]) -> int:
+    return min(fits, key=lambda n: (abs(n - wanted), n))
+
+
 def problems(c: Config) -> list[str]:
     """Every cross-field problem of a well-typed config, as sentences that begin with the key."""
-    found = [*model_problems(c.model), *batch_problems(c)]
+    found = [*model_problems(c.model), *batch_problems(c), *layout_problems(c)]
     if c.data.sequence_length > c.model.max_length and c.model.kind == "transformer":
         found.append(
             f"data.sequence_length: {c.data.sequence_length} is longer than model.max_length {c.model.max_length}"
@@ -315,6 +418,4 @@ def problems(c: Config) -> list[str]:
         found.append('optim.decay_steps: only for schedule = "wsd"')
     if o.kind == "sgd" and o.lr is None:
         found.append("optim.lr: required for sgd, the default rule is adamw's; set any and run --lr-find")
-    if c.layout.offload != "none" and c.layout.engine == "reference":
-        found.append('layout.offload: needs engine = "zero"')
     return found

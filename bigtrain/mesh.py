@@ -1,4 +1,4 @@
-"""Who am I among the ranks: rendezvous from any launcher, and the one frozen object that owns the groups.
+"""The grid of ranks: rendezvous from any launcher, and the one frozen object that owns the groups.
 
 torchrun, SLURM's srun, Open MPI, MPICH / Intel MPI and a single process all end in the same `Mesh`, which is
 passed to whatever communicates. Nothing reads a global process group.
@@ -6,77 +6,54 @@ passed to whatever communicates. Nothing reads a global process group.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from bigtrain.errors import RunError, UserError
+from bigtrain.errors import RunError
+from bigtrain.grid import AXES, Grid
+from bigtrain.place import Place, discover, fill_environment
+from bigtrain.rollcall import lost_connection, roll_call
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process among its peers, as the launcher tells it."""
+class Axis:
+    """Ranks that differ along one direction of the grid only (or along a product of directions)."""
 
+    name: str
+    ranks: tuple[int, ...]
+    """Global ranks, in the order of the axis."""
     rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    launcher: str
+    """This process's place among them."""
+    group: dist.ProcessGroup | None = None
+    """None when there is only one."""
+
+    @property
+    def size(self) -> int:
+        """Ranks on the axis."""
+        return len(self.ranks)
 
 
-# Environment variables of each launcher: rank, world, local rank, local world.
-_LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "openmpi": (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    "mpich": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
-}
-
-
-def discover(env: Mapping[str, str] = os.environ) -> Place:
-    """Rank and world from the environment; a single process when no launcher speaks.
-
-    SLURM also sets its variables in a batch shell and in `salloc`, where nothing was launched by srun, so it
-    counts only inside a job step (SLURM_STEP_ID). Raises UserError when the numbers contradict each other.
-    """
-    for launcher, (rank, world, local_rank, local_world) in _LAUNCHERS.items():
-        if rank not in env or world not in env:
-            continue
-        if launcher == "slurm" and not env.get("SLURM_STEP_ID", "").isdigit():
-            continue
-        try:
-            place = Place(
-                rank=int(env[rank]),
-                world=int(env[world]),
-                local_rank=int(env.get(local_rank, "0")),
-                local_world=int(env.get(local_world, "1").split("(")[0]),
-                launcher=launcher,
-            )
-        except ValueError as e:
-            raise UserError(f"{launcher} set {rank}, {world} to something that is no number: {e}") from e
-        if not 0 <= place.rank < place.world:
-            raise UserError(f"{rank}={place.rank} does not fit {world}={place.world}", where=launcher)
-        return place
-    return Place(rank=0, world=1, local_rank=0, local_world=1, launcher="single")
+ALONE = {name: Axis(name, (0,), 0) for name in (*AXES, "replica", "model", "heads", "ends", "down", "up")}
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The grid of ranks. Today one axis, data; `device` is this rank's, `group` spans the data axis."""
+    """The grid of ranks and the groups of all its axes, built once and passed to whatever communicates."""
 
     place: Place
     device: torch.device
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | None = None
+    """All ranks."""
+    grid: Grid = field(default_factory=Grid)
+    axes: Mapping[str, Axis] = field(default_factory=lambda: ALONE)
+    """pipeline, data, context, expert, tensor, and their products: see `_AXES_OF`."""
+    store: Any = None
+    """Where the ranks met, and where one that fails leaves word for the others."""
 
     @property
     def rank(self) -> int:
@@ -89,14 +66,44 @@ class Mesh:
         return self.place.world
 
     @property
+    def tensor(self) -> Axis:
+        """Ranks that share each layer."""
+        return self.axes["tensor"]
+
+    @property
+    def context(self) -> Axis:
+        """Ranks that share each sequence."""
+        return self.axes["context"]
+
+    @property
+    def pipeline(self) -> Axis:
+        """Ranks that hold one model together, layer after layer."""
+        return self.axes["pipeline"]
+
+    @property
+    def replica(self) -> Axis:
+        """data x context: ranks that hold the same weights, whose gradients are summed."""
+        return self.axes["replica"]
+
+    @property
+    def model(self) -> Axis:
+        """pipeline x tensor: ranks whose weights make one model, so one gradient norm."""
+        return self.axes["model"]
+
+    @property
     def data_rank(self) -> int:
         """This rank's place on the data axis."""
-        return self.place.rank
+        return self.axes["data"].rank
 
     @property
     def data_size(self) -> int:
         """Ranks on the data axis."""
-        return self.place.world
+        return self.axes["data"].size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for all that read the same samples: first on every axis but data."""
+        return self.pipeline.rank == self.context.rank == self.tensor.rank == 0
 
     @property
     def first(self) -> bool:
@@ -126,67 +133,94 @@ class Mesh:
         return values
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process groups."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
             # Without the last reference its threads are joined here. One that still drops a finished collective's
             # tensors while Python shuts down aborts the process (seen in 1 of 50 exits of torch 2.13 with gloo).
             object.__setattr__(self, "group", None)
+            for axis in self.axes.values():
+                object.__setattr__(axis, "group", None)
 
 
-def rendezvous(*, timeout_minutes: float = 10.0) -> Mesh:
-    """Find this process's place, choose its device, join the others.
+# Which directions each axis spans. "down" and "up" are one channel a direction for pipeline messages: with one
+# communicator for both, NCCL would let two ranks that send to each other wait for each other.
+_AXES_OF = {
+    **{name: (name,) for name in AXES},
+    "replica": ("data", "context"),
+    "model": ("pipeline", "tensor"),
+    "down": ("pipeline",),
+    "up": ("pipeline",),
+}
 
-    Raises RunError when the peers do not come within `timeout_minutes`.
+
+def build_axes(grid: Grid, rank: int) -> dict[str, Axis]:
+    """The groups that hold `rank` on every axis and product of axes (collective among each group's ranks)."""
+    built: dict[tuple[object, ...], dist.ProcessGroup | None] = {}
+
+    def axis(name: str, ranks: tuple[int, ...], *, own: bool = False) -> Axis:
+        """`own`: a group of its own, where another axis has one of the same ranks, and for one rank too."""
+        group = None
+        if len(ranks) > 1 or own:
+            key = (*ranks, own and name)
+            if key not in built:
+                # use_local_synchronization: a rank makes its own groups only, so that 16,384 ranks start as fast.
+                # torch names such a group by how many there are already: all ranks must make equally many.
+                built[key] = dist.new_group(list(ranks), use_local_synchronization=True)
+            group = built[key]
+        return Axis(name, ranks, ranks.index(rank), group)
+
+    axes = {
+        name: axis(name, grid.ranks(rank, *spans), own=name in ("down", "up") and grid.pipeline > 1)
+        for name, spans in _AXES_OF.items()
+    }
+    tensor, shared = axes["tensor"], grid.shared_heads
+    first = tensor.rank // shared * shared
+    axes["heads"] = axis("heads", tensor.ranks[first : first + shared])
+    stages = axes["pipeline"].ranks
+    ends = tuple(dict.fromkeys((stages[0], stages[-1])))
+    if axes["model"].size > 1:  # DeepSpeed takes no group for all ranks, so one rank alone needs a group too
+        axes["alone"] = axis("alone", (rank,), own=True)
+    axes["ends"] = axis("ends", ends if rank in ends else (rank,), own=grid.pipeline > 1)
+    return axes
+
+
+def rendezvous(
+    grid: Grid | None = None,
+    *,
+    place: Place | None = None,
+    facts: Mapping[str, str] | None = None,
+    timeout_minutes: float = 10.0,
+) -> Mesh:
+    """Find this process's place, choose its device, join the others, make the groups of `grid`.
+
+    Without a grid all ranks lie on the data axis. `facts` must be equal on all ranks: what each is about to do
+    (its config, its code). Raises UserError when they are not, RunError naming the ranks that did not come
+    within `timeout_minutes`.
     """
-    place = discover()
+    place = place or discover()
+    grid = grid or Grid(data=place.world)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if place.world == 1:
-        return Mesh(place, device, None)
-    _fill_environment(place)
+        return Mesh(place, device)
+    assert grid.world == place.world, f"a grid of {grid} for {place.world} ranks"
+    fill_environment(place)
+    timeout = timedelta(minutes=timeout_minutes)
+    store = roll_call(place, facts or {}, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
-            backend,
-            rank=place.rank,
-            world_size=place.world,
-            timeout=timedelta(minutes=timeout_minutes),
+            backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout
         )
+        axes = build_axes(grid, place.rank)
     except (RuntimeError, ValueError) as e:
-        raise RunError(
-            f"the {place.world} ranks did not meet: {e}",
-            where=f"rank {place.rank} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            do="check that every rank was started, with the same MASTER_ADDR and MASTER_PORT",
+        raise lost_connection(e, store, place.rank) or RunError(
+            f"the {place.world} ranks met, but could not connect: {e}",
+            where=f"rank {place.rank}",
+            do="check that the machines reach each other on the network that GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME names",
         ) from e
-    return Mesh(place, device, dist.group.WORLD)
-
-
-def _fill_environment(place: Place) -> None:
-    """Set the variables that torch and DeepSpeed read, for launchers that do not set them."""
-    defaults = {
-        "RANK": place.rank,
-        "WORLD_SIZE": place.world,
-        "LOCAL_RANK": place.local_rank,
-        "LOCAL_WORLD_SIZE": place.local_world,
-    }
-    for name, value in defaults.items():
-        os.environ[name] = str(value)
-    os.environ.setdefault("MASTER_ADDR", _first_host(place))
-    # A port from the job id keeps two jobs on one node apart; torchrun sets its own.
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("OMPI_MCA_ess_base_jobid") or "0"  # noqa: SIM112
-    digits = "".join(c for c in job if c.isdigit()) or "0"
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(digits) % 20000))
-
-
-def _first_host(place: Place) -> str:
-    """The host of rank 0: this machine unless SLURM lists several."""
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if place.launcher != "slurm" or not nodes:
-        return "127.0.0.1"
-    listed = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
-    )
-    return listed.stdout.split()[0] if listed.stdout.split() else "127.0.0.1"
+    return Mesh(place, device, dist.group.WORLD, grid, axes, store)

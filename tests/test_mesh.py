@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bigtrain.errors import UserError
-from bigtrain.mesh import Place, discover, rendezvous
+from bigtrain.mesh import rendezvous
+from bigtrain.place import Place, discover
 
 
 @pytest.mark.parametrize(

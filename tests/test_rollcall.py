@@ -1,0 +1,348 @@
+"""Who came, what differs, and what a rank that fails leaves for the others: in threads, and in worlds of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from bigtrain import rollcall
+from bigtrain.errors import BigtrainError, RunError, UserError
+from bigtrain.place import Place
+from bigtrain.rollcall import (
+    code_digest,
+    difference,
+    excuse,
+    last_words,
+    leave_word,
+    lost_connection,
+    roll_call,
+)
+from tests.runs.worlds import run_world
+
+pytestmark = pytest.mark.timeout(60)
+
+CONFIG = '# Resolved.\nname = "a"\n\n[optim]\n# the peak\nlr = 0.001\nkind = "adamw"\n\n[train]\nsteps = 10\n'
+FACTS = {"config": CONFIG, "code": "ab" * 32, "torch": "2.13.0"}
+
+
+def a_place(rank: int, world: int) -> Place:
+    return Place(rank, world, rank, world, "torchrun")
+
+
+@pytest.fixture(params=["agent", "rank 0"])
+def store_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Environment of a world whose store is held by torchrun's agent, or by rank 0."""
+    agent = None
+    if request.param == "agent":
+        agent = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(agent.port if agent else free_port()))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(agent is not None))
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    monkeypatch.setattr(rollcall, "_LINGER", 1.0)
+    return agent
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return int(s.getsockname()[1])
+
+
+def meet(
+    ranks: Mapping[int, Mapping[str, str] | BigtrainError], world: int, seconds: float
+) -> dict[int, dist.Store | BigtrainError]:
+    """The roll call of these ranks, each in a thread: its store or its error. An error instead of facts: its excuse."""
+
+    def one(rank: int) -> dist.Store | BigtrainError:
+        place, facts, timeout = a_place(rank, world), ranks[rank], timedelta(seconds=seconds)
+        if isinstance(facts, BigtrainError):
+            excuse(place, facts, timeout)
+            return facts
+        try:
+            return roll_call(place, facts, timeout)
+        except BigtrainError as e:
+            return e
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return dict(zip(ranks, pool.map(one, ranks), strict=True))
+
+
+def the_error(outcomes: Mapping[int, object], kind: type[BigtrainError]) -> str:
+    """What all ranks raised, in the same words."""
+    assert all(type(e) is kind for e in outcomes.values()), outcomes
+    words = {str(e) for e in outcomes.values()}
+    assert len(words) == 1, words
+    return words.pop()
+
+
+# ---- roll call
+
+
+def test_all_come(store_host: Any) -> None:
+    stores = meet(dict.fromkeys(range(3), FACTS), 3, 20)
+    for rank, store in stores.items():
+        store.set(f"from {rank}", "x")  # type: ignore[union-attr]
+    assert all(s.get("from 2") == b"x" for s in stores.values())  # type: ignore[union-attr]
+
+
+def test_an_attempt_does_not_see_the_one_before(store_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = meet({0: FACTS, 1: FACTS | {"torch": "1"}}, 2, 20)
+    the_error(first, UserError)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    second = meet({0: FACTS, 1: FACTS}, 2, 20)
+    assert all(isinstance(s, dist.Store) for s in second.values())
+
+
+def test_missing_ranks_are_named_on_every_rank_that_came(store_host: Any) -> None:
+    begin = time.monotonic()
+    message = the_error(meet({0: FACTS, 2: FACTS}, 5, 1.5), RunError)
+    assert "ranks 1, 3-4 of 5 did not come within 1.5 s" in message
+    assert os.environ["MASTER_PORT"] in message
+    assert "launcher printed" in message
+    assert time.monotonic() - begin < 1.5 + 3  # rank 0 stays for the others when its store ends with it
+
+
+def test_rank_0_missing(store_host: Any) -> None:
+    begin = time.monotonic()
+    message = the_error(meet({1: FACTS, 2: FACTS}, 3, 1), RunError)
+    assert "rank 0" in message
+    assert "did not come within 1 s" in message
+    assert time.monotonic() - begin < 3
+
+
+def test_the_differing_key_is_named_on_every_rank(store_host: Any) -> None:
+    other = FACTS | {"config": CONFIG.replace("0.001", "0.002").replace("# the peak", "# another comment")}
+    message = the_error(meet({0: FACTS, 1: FACTS, 2: other, 3: other}, 4, 20), UserError)
+    assert "ranks 2-3: optim.lr = 0.002 (rank 0: 0.001)\n" in message
+    assert "kind" not in message
+    assert "same command and the same config file" in message
+
+
+def test_a_difference_does_not_wait_for_those_who_miss(store_host: Any) -> None:
+    begin = time.monotonic()
+    message = the_error(meet({0: FACTS, 1: FACTS | {"code": "cd" * 32}}, 3, 20), UserError)
+    assert "rank 1: code = cdcdcdcdcdcd (rank 0: abababababab)" in message
+    assert "install the same version of bigtrain" in message
+    assert time.monotonic() - begin < 6
+
+
+def test_different_world_sizes(store_host: Any) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(meet, {0: FACTS}, 2, 20)
+        two = pool.submit(meet, {2: FACTS}, 3, 20)
+        message = the_error(one.result() | two.result(), UserError)
+    assert "rank 2: world = 3 (rank 0: 2)" in message
+
+
+@pytest.mark.parametrize("away", [0, 1])
+def test_an_excuse_is_raised_on_every_rank(away: int, store_host: Any) -> None:
+    trouble = UserError("no such file", where="gpt.toml", do="create it")
+    outcomes = meet({0: FACTS, 1: FACTS, 2: FACTS} | {away: trouble}, 3, 20)
+    assert outcomes.pop(away) is trouble
+    message = the_error(outcomes, UserError)
+    assert message == f"rank {away}: gpt.toml: no such file\n  -> create it"
+
+
+def test_rank_0_ends_while_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import time, datetime, torch.distributed as d\n"
+        "s = d.TCPStore('127.0.0.1', 0, None, True, datetime.timedelta(seconds=30), wait_for_workers=False)\n"
+        "print(s.port, flush=True)\n"
+        "s.get('bigtrain/attempt_0/here')"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", server.stdout.readline().strip())
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(roll_call, a_place(1, 2), FACTS, timedelta(seconds=20))
+            time.sleep(0.5)
+            server.kill()
+            with pytest.raises(RunError, match="rank 0 ended while the ranks met"):
+                waiting.result(5)
+
+
+def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(RunError, match=rf"127.0.0.1:{port}.*port {port}.*another process does") as e:
+            roll_call(a_place(0, 2), FACTS, timedelta(seconds=5))
+    assert "MASTER_PORT to a free port" in str(e.value)
+
+
+def test_a_host_without_a_store(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(RunError, match=r"no-such-host.invalid:29500: rank 0 did not come within 0.5 s"):
+        roll_call(a_place(1, 2), FACTS, timedelta(seconds=0.5))
+    monkeypatch.setenv("MASTER_PORT", "http")
+    with pytest.raises(UserError, match="MASTER_PORT=http is no port"):
+        roll_call(a_place(1, 2), FACTS, timedelta(seconds=0.5))
+    assert capfd.readouterr().err == ""  # torch would print a C++ stack
+
+
+def test_a_frozen_store_is_left_in_time() -> None:
+    class Frozen(dist.HashStore):  # type: ignore[misc, name-defined]
+        def check(self, keys: list[str]) -> bool:
+            time.sleep(60)
+            return False
+
+    begin = time.monotonic()
+    assert last_words(Frozen()) == ""
+    assert time.monotonic() - begin < 2
+
+
+# ---- what differs
+
+
+def test_differences_of_texts() -> None:
+    many = "[a]\n" + "".join(f"k{i} = {{}}\n" for i in range(8))
+    assert difference("config", many.format(*range(8)), many.format(*range(1, 9))) == (
+        "a.k0 = 1 (rank 0: 0); a.k1 = 2 (rank 0: 1); a.k2 = 3 (rank 0: 2); a.k3 = 4 (rank 0: 3); "
+        "a.k4 = 5 (rank 0: 4); and 3 more"
+    )
+    assert difference("config", "[a]\nb = 1\n", "[a]\nb = 1\nc = 'x'\n") == 'a.c = "x" (rank 0: nothing)'
+    assert difference("config", "# one\nb = 1\n", "# two\nb = 1\n") == ""
+    assert difference("log", "plain text\nx", "plain text\ny") == "line 2 = y (rank 0: x)"
+    assert difference("torch", "2.13.0", "") == "torch = nothing (rank 0: 2.13.0)"
+
+
+def test_ranks_in_words() -> None:
+    assert rollcall._ranks([3]) == "rank 3"
+    assert rollcall._ranks([9, 8, 1, 10]) == "ranks 1, 8-10"
+    assert rollcall._ranks(range(0, 100, 2)) == "ranks 0, 2, 4, 6, 8, 10, 12, 14, 16, 18 ... (50 ranks)"
+
+
+def test_the_digest_follows_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert len(code_digest()) == 64
+    assert code_digest() == code_digest()
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/a.py").write_text("x = 1\n")
+    monkeypatch.setattr(rollcall, "__file__", str(tmp_path / "rollcall.py"))
+    seen = {code_digest()}
+    (tmp_path / "inner/a.py").write_text("x = 2\n")
+    seen.add(code_digest())
+    (tmp_path / "inner/a.py").rename(tmp_path / "inner/b.py")
+    seen.add(code_digest())
+    (tmp_path / "notes.txt").write_text("no code")
+    seen.add(code_digest())
+    assert len(seen) == 3
+
+
+# ---- last words
+
+
+def test_the_first_word_counts() -> None:
+    store = dist.PrefixStore("run", dist.HashStore())
+    assert last_words(store) == ""
+    leave_word(store, 3, "loss is nan")
+    leave_word(store, 1, "lost rank 3")
+    assert last_words(store) == "rank 3: loss is nan"
+
+
+def test_a_store_that_is_gone(capfd: pytest.CaptureFixture[str]) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+    store = dist.PrefixStore(
+        "run",
+        dist.TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=5), wait_for_workers=False),
+    )
+    del server
+    begin = time.monotonic()
+    leave_word(store, 1, "too late")
+    assert last_words(store) == ""
+    error = lost_connection(RuntimeError("Connection closed by peer"), store, 1)
+    assert "rank 0 with the store is gone" in str(error)
+    assert time.monotonic() - begin < 2
+    assert capfd.readouterr().err == ""
+
+
+GLOO = "[/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.3]:28873: Connection reset by peer. This is typically"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            RuntimeError(GLOO),
+            "another rank ended without a word (Read error [10.0.0.3]:28873: Connection reset by peer)",
+        ),
+        (
+            RuntimeError("Timed out waiting 1800000ms for recv operation to complete"),
+            "another rank does not answer",
+        ),
+        (dist.DistBackendError("NCCL error in: x.cpp:1\nncclRemoteError: the peer"), "ended without a word"),
+        (dist.DistNetworkError("Failed to recv, got 0 bytes"), "ended without a word"),
+        (dist.DistStoreError("wait timeout after 1000ms, keys: /a"), "another rank does not answer"),
+        (dist.DistBackendError("NCCL error\nncclUnhandledCudaError: Call to CUDA failed"), None),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ConnectionResetError("Connection reset by peer"), None),  # of a file or a site, not of torch
+        (UserError("Connection reset by peer"), None),
+    ],
+)
+def test_errors_of_a_peer_are_told_from_our_own(
+    error: Exception, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollcall, "_word", lambda store: "")
+    found = lost_connection(error, dist.HashStore(), 1)
+    assert found is None if says is None else says in str(found)
+
+
+# ---- whole worlds
+
+WORKER = """
+import os, signal, sys, time, json
+from datetime import timedelta
+import torch, torch.distributed as dist
+from bigtrain.place import discover, fill_environment
+from bigtrain.rollcall import leave_word, lost_connection, roll_call
+place = discover()
+fill_environment(place)
+store = roll_call(place, {"code": "same"}, timedelta(seconds=30))
+dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=30))
+dist.all_reduce(torch.ones(1))
+if place.rank == 1:
+    if sys.argv[1] == "word":
+        leave_word(store, 1, "loss is nan at step 7")
+    os.kill(os.getpid(), signal.SIGKILL)
+begin = time.monotonic()
+try:
+    while True:
+        dist.all_reduce(torch.ones(1000))
+except RuntimeError as e:
+    error = lost_connection(e, store, place.rank)
+print(json.dumps({"error": str(error), "seconds": time.monotonic() - begin}), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("killed", "another rank ended without a word"),
+        ("word", "stopped because of rank 1: loss is nan at step 7"),
+    ],
+)
+def test_a_rank_that_dies_in_a_collective(how: str, says: str) -> None:
+    finished = run_world(["-c", WORKER, how], 3, timeout=40, check=False)
+    assert [f.code for f in finished] == [0, -9, 0], finished
+    for f in (finished[0], finished[2]):
+        found = json.loads(f.stdout)
+        assert says in found["error"]
+        assert found["seconds"] < 3
+        assert f.stderr == ""
