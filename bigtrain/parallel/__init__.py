@@ -1,0 +1,1 @@
+"""Wrappers that lay a plain model over the mesh from outside, without changing a number: `apply.lay` does."""
