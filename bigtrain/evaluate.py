@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -12,8 +13,9 @@ from bigtrain.data.corpus import Corpus
 from bigtrain.data.manifest import Split
 from bigtrain.errors import UserError
 from bigtrain.heldout import HeldOut, held_out
-from bigtrain.mesh import Mesh, Place
+from bigtrain.mesh import Mesh
 from bigtrain.model.batch import Batch
+from bigtrain.place import Place
 from bigtrain.pretrained import Pretrained, open_model
 from bigtrain.train import loader_of
 
@@ -38,20 +40,23 @@ def evaluate(trained: Pretrained, *, data: str, split: Split, sequences: int = 0
     loader = loader_of(config, corpus, trained.tokenizer)
     device = next(trained.model.parameters()).device
 
-    def eval_step(batch: Batch) -> float:
-        moved = batch.to(device)
-        with torch.inference_mode():
-            out = trained.model(
-                moved.tokens,
-                cu_seqlens=moved.cu_seqlens,
-                targets=moved.targets,
-                sample_ids=moved.sample_ids,
-            )
-        return float(out.nll)
+    def loss_of(batches: Sequence[Batch]) -> float:
+        nll = 0.0
+        for batch in batches:
+            moved = batch.to(device)
+            with torch.inference_mode():
+                out = trained.model(
+                    moved.tokens,
+                    cu_seqlens=moved.cu_seqlens,
+                    targets=moved.targets,
+                    sample_ids=moved.sample_ids,
+                )
+            nll += float(out.nll)
+        return nll
 
     batches = loader.validation_batches(sequences or loader.validation_windows(), config.train.microbatch)
-    mesh = Mesh(Place(0, 1, 0, 1, "single"), device, None)
-    return held_out(eval_step, batches, trained.tokenizer.token_bytes(), mesh)
+    mesh = Mesh(Place(0, 1, 0, 1, "single"), device)
+    return held_out(loss_of, batches, trained.tokenizer.token_bytes(), mesh)
 
 
 def evaluate_command(args: argparse.Namespace) -> int:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bigtrain.budget import BatchSchedule, Progress, check_layout
+from bigtrain.budget import BatchSchedule, Progress
 from bigtrain.config import Config
 from bigtrain.configfile import find_config, load, render
 from bigtrain.errors import UserError
+from bigtrain.grid import grid_of
 from bigtrain.metrics import read_records
 from bigtrain.plan.flops import flops_per_token, non_embedding_parameters, parameters
 from bigtrain.plan.scaling import chinchilla_tokens, peak_learning_rate
@@ -45,7 +46,7 @@ def explain(path: str, *, verify: bool = False) -> tuple[str, bool]:
 
 def explain_config(config: Config, *, full: bool = False) -> str:
     """What a config means; `full` adds the resolved config itself. Reads the dataset if it is there."""
-    check_layout(BatchSchedule.of(config), config.train.microbatch, 1)
+    grid_of(config, 1)
     lines = [*_model_lines(config), *_budget_lines(config), *_data_lines(config), *_state_lines(config)]
     return (render(config) + "\n" if full else "") + "\n".join(lines)
 

@@ -155,7 +155,7 @@ def _run(
     on_text: OnText | None,
 ) -> None:
     """Read all prompts at once, then one token a row at a time until every row is done."""
-    device = model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     lengths = [len(row.prompt) for row in rows]
     longest = max(lengths, default=0)
     cache = model.new_cache(len(rows), longest + max((row.room for row in rows), default=0))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ import numpy.typing as npt
 from bigtrain.errors import RunError
 from bigtrain.mesh import Mesh
 from bigtrain.model.batch import IGNORE, Batch
+
+AT_ONCE = 64
+"""Microbatches handed to the engine together: enough to fill a pipeline, few enough to hold in memory."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +35,25 @@ class HeldOut:
 
 
 def held_out(
-    eval_step: Callable[[Batch], float],
+    evaluate: Callable[[Sequence[Batch]], float],
     batches: Iterable[Batch],
     token_bytes: npt.NDArray[np.int64],
     mesh: Mesh,
 ) -> HeldOut:
-    """Evaluate this rank's `batches` with `eval_step`, which returns a sum in nats.
+    """Evaluate this data rank's `batches` with `evaluate`, which returns this rank's part of the sum in nats.
 
     Collective: every rank has equally many batches, for ZeRO-3 gathers weights in each forward pass of all.
     `token_bytes`: (V,) UTF-8 bytes each token stands for. Raises RunError when nothing counts.
     """
     nll = 0.0
     counted = length = 0
-    for batch in batches:
-        nll += eval_step(batch)
-        targets = batch.targets[batch.targets != IGNORE].numpy()
-        counted += len(targets)
-        length += int(token_bytes[targets].sum())
+    left = iter(batches)
+    while group := list(islice(left, AT_ONCE)):
+        nll += evaluate(group)
+        for batch in group if mesh.leads else ():  # the other ranks of its model read the same samples
+            targets = batch.targets[batch.targets != IGNORE].numpy()
+            counted += len(targets)
+            length += int(token_bytes[targets].sum())
     total, tokens, size = mesh.sum([nll, counted, length])
     if tokens == 0:
         raise RunError("the held-out sequences hold no token to predict", do="prepare more held-out text")

@@ -8,6 +8,7 @@ A box is a hyper-rectangle of it. Initialisation, checkpoints, norm counting and
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,27 @@ import torch
 
 @dataclass(frozen=True)
 class Logical:
-    """Which box of which logical tensor a local parameter holds; the box's sizes are the parameter's shape."""
+    """Which box of which logical tensor a local parameter holds, and what other ranks hold of it.
+
+    The one record that initialisation, gradient sums, norm counting, checkpoints and planning read.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+    """The box's sizes: the parameter's own shape, kept because ZeRO-3 leaves an empty local tensor."""
+    counted: bool = True
+    """Whether this rank counts the box in the gradient norm and saves it: the first of the tensor and pipeline
+    ranks that hold it. (Ranks of the data and context axes all hold the same; engines see to those.)"""
+    summed: str = ""
+    """The mesh axis over which this rank's gradient is only a part and must be summed; "" when it is whole."""
+
+    @staticmethod
+    def whole(name: str, shape: Iterable[int]) -> Logical:
+        """The record of a parameter that is not cut."""
+        sizes = tuple(shape)
+        return Logical(name, sizes, (0,) * len(sizes), sizes)
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,7 @@ class FlatBox:
 def mark_logical(model: torch.nn.Module) -> None:
     """Give every parameter of a whole (unsharded) model its record: the full box under its own name."""
     for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        parameter.logical = Logical(name, shape, (0,) * len(shape))  # type: ignore[attr-defined]
+        parameter.logical = Logical.whole(name, parameter.shape)  # type: ignore[attr-defined]
 
 
 def logical_of(parameter: torch.nn.Parameter) -> Logical:

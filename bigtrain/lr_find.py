@@ -65,9 +65,8 @@ def lr_find(config: Config, run: str | Path) -> int:
 
     No checkpoint is read or written; the run itself is left as it is.
     """
-    from bigtrain.mesh import rendezvous
     from bigtrain.plots import lr_find_curve
-    from bigtrain.train import assemble
+    from bigtrain.train import assemble, join
 
     folder = Path(run)
     try:
@@ -76,7 +75,7 @@ def lr_find(config: Config, run: str | Path) -> int:
         raise UserError(
             f"cannot be a folder: {e.strerror}", where=str(run), do="give another --run-dir"
         ) from e
-    mesh = rendezvous()
+    mesh = join(config)
     factor = (LAST[config.optim.kind] / FIRST) ** (1 / (STEPS - 1))
     lrs: list[float] = []
     losses: list[float] = []
@@ -86,7 +85,7 @@ def lr_find(config: Config, run: str | Path) -> int:
         stack.callback(parts.close)
         for i, microbatches in enumerate(parts.steps(Progress(), STEPS)):
             lr = FIRST * factor**i
-            (counted,) = mesh.sum([sum(b.counted() for b in microbatches)])
+            (counted,) = mesh.sum([sum(b.counted() for b in microbatches) if mesh.leads else 0])
             loss = parts.engine.train_step(microbatches, int(counted), lr).loss
             if not math.isfinite(loss) or (losses and loss > 2.0 * min(losses) + 1.0):
                 break

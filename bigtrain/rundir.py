@@ -32,8 +32,9 @@ from bigtrain.checkpoint.store import list_checkpoints
 from bigtrain.config import Config
 from bigtrain.configfile import load, render
 from bigtrain.errors import UserError
-from bigtrain.mesh import Mesh, Place
+from bigtrain.mesh import Mesh
 from bigtrain.metrics import cut_back
+from bigtrain.place import Place
 from bigtrain.provenance import provenance
 
 State = Literal["done", "preempted", "failed"]

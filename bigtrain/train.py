@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bigtrain.budget import BatchSchedule, Progress, check_layout, rank_samples
+from bigtrain.budget import BatchSchedule, Progress, rank_samples
 from bigtrain.checkpoint.agree import together
 from bigtrain.config import Config
 from bigtrain.configfile import render
@@ -20,14 +19,17 @@ from bigtrain.console import Startup
 from bigtrain.data.corpus import Corpus, verify
 from bigtrain.data.loader import Loader
 from bigtrain.data.tokenizer import Tokenizer
-from bigtrain.engine import Engine, build_device, check_engine, engine_name, make_engine
-from bigtrain.errors import BigtrainError, UserError
+from bigtrain.engine import Engine, make_engine
+from bigtrain.errors import BigtrainError
+from bigtrain.grid import grid_of
 from bigtrain.mesh import Mesh, rendezvous
 from bigtrain.model.batch import Batch
 from bigtrain.model.build import build_model
 from bigtrain.optim import learning_rate
+from bigtrain.place import discover
 from bigtrain.plan.scaling import peak_learning_rate
 from bigtrain.recorder import Recorder
+from bigtrain.rollcall import code_digest, leave_word, lost_connection
 from bigtrain.rundir import RunDir
 from bigtrain.signals import StopFlag
 from bigtrain.sinks import check_sinks
@@ -77,28 +79,23 @@ class Parts:
 def assemble(config: Config, mesh: Mesh) -> Parts:
     """Build everything a run needs. Raises UserError for whatever does not fit together."""
     torch.set_num_threads(config.layout.threads or _default_threads(mesh))
-    _check_same_config(config, mesh)
-    schedule = BatchSchedule.of(config)
-    check_layout(schedule, config.train.microbatch, mesh.data_size)
     check_sinks(config.log)
     corpus = Corpus.open(config.data.path)
     _verify_small(corpus, mesh)
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
     loader = loader_of(config, corpus, tokenizer)
     _ = loader.windows  # a corpus too short for one sequence is said before anything is built
-    check_engine(config, engine_name(config, mesh.world), mesh.world)
     held_out = held_out_of(config, tokenizer, mesh)
     model = build_model(
         config.model,
         config.loss,
         kernels=config.layout.kernels,
         recompute=config.layout.recompute,
-        device=build_device(config, mesh),
+        device="meta",
         seed=config.train.seed,
     )
-    return Parts(
-        config, mesh, corpus, tokenizer, loader, held_out, make_engine(model, config, mesh), schedule
-    )
+    engine = make_engine(model, config, mesh)
+    return Parts(config, mesh, corpus, tokenizer, loader, held_out, engine, BatchSchedule.of(config))
 
 
 def _verify_small(corpus: Corpus, mesh: Mesh) -> None:
@@ -145,16 +142,33 @@ def held_out_of(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> list[Batch]
     return list(loader.validation_batches(count, rows, rank=mesh.data_rank, ranks=mesh.data_size))
 
 
-def _check_same_config(config: Config, mesh: Mesh) -> None:
-    """UserError when ranks were started with different configs: their losses would be meaningless."""
-    digests = mesh.gather(hashlib.sha256(render(config).encode()).hexdigest())
-    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise UserError(
-            f"ranks {others} have another config than rank 0",
-            where=f"rank {mesh.rank}",
-            do="start every rank with the same command and the same file",
-        )
+def join(config: Config) -> Mesh:
+    """Meet the other ranks on the grid that the layout asks for.
+
+    Raises UserError on every rank, before they meet, when the layout does not fit their number, and when they
+    were started with another config or other code.
+    """
+    place = discover()
+    grid = grid_of(config, place.world)
+    facts = {"config": render(config), "code": code_digest(), "torch": str(torch.__version__)}
+    minutes = float(os.environ.get("BIGTRAIN_MEET_MINUTES", "10"))
+    return rendezvous(grid, place=place, facts=facts, timeout_minutes=minutes)
+
+
+@contextlib.contextmanager
+def one_cause(mesh: Mesh) -> Iterator[None]:
+    """Leave word for the other ranks when this one fails; name the rank that failed first when it was another."""
+    try:
+        yield
+    except BaseException as e:
+        lost = lost_connection(e, mesh.store, mesh.rank) if mesh.world > 1 else None
+        if lost is not None:
+            raise lost from e
+        if mesh.world > 1:
+            leave_word(
+                mesh.store, mesh.rank, str(e) if isinstance(e, BigtrainError) else f"{type(e).__name__}: {e}"
+            )
+        raise
 
 
 def train(config: Config, run: str | Path, *, fresh: bool = False, began: float | None = None) -> int:
@@ -169,8 +183,9 @@ def train(config: Config, run: str | Path, *, fresh: bool = False, began: float 
     with contextlib.ExitStack() as stack:
         stop = StopFlag()
         stack.callback(stop.close)
-        mesh = rendezvous()
+        mesh = join(config)
         stack.callback(mesh.close)
+        stack.enter_context(one_cause(mesh))
         parts = assemble(config, mesh)
         stack.callback(parts.close)
         startup.done("model and data")

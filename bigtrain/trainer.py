@@ -67,9 +67,8 @@ class Trainer:
         while self.progress.step < self.total_steps:
             started = time.perf_counter()
             microbatches = next(steps)
-            counted, stop, overdue = self.mesh.sum(
-                [sum(b.counted() for b in microbatches), bool(self.stop), self._overdue()]
-            )
+            mine = sum(b.counted() for b in microbatches) if self.mesh.leads else 0
+            counted, stop, overdue = self.mesh.sum([mine, bool(self.stop), self._overdue()])
             if stop:
                 self._save()
                 return "preempted"
@@ -122,5 +121,5 @@ class Trainer:
 
     def _evaluate(self) -> None:
         if self.held_out_batches:
-            result = held_out(self.engine.eval_step, self.held_out_batches, self.token_bytes, self.mesh)
+            result = held_out(self.engine.evaluate, self.held_out_batches, self.token_bytes, self.mesh)
             self.observer.on_eval(self.progress, result)

@@ -15,7 +15,8 @@ from bigtrain.checkpoint import format, reader, store, writer
 from bigtrain.checkpoint.boxes import Box, coverage_problem, flat_hull, intersection
 from bigtrain.errors import UserError
 from bigtrain.logical import Piece, boxes_of_flat_range, mark_logical
-from bigtrain.mesh import Mesh, Place
+from bigtrain.mesh import Mesh
+from bigtrain.place import Place
 
 ONE = Mesh(Place(0, 1, 0, 1, "single"), torch.device("cpu"), None)
 

@@ -22,7 +22,8 @@ from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.describe import describe, tensor_lines
 from bigtrain.errors import RunError, UserError
 from bigtrain.logical import Piece, boxes_of_flat_range
-from bigtrain.mesh import Mesh, Place, rendezvous
+from bigtrain.mesh import Mesh, rendezvous
+from bigtrain.place import Place
 from tests.runs.worlds import run_world
 
 ONE = Mesh(Place(0, 1, 0, 1, "single"), torch.device("cpu"), None)

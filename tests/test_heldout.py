@@ -10,8 +10,9 @@ import torch
 
 from bigtrain.errors import RunError
 from bigtrain.heldout import held_out
-from bigtrain.mesh import Mesh, Place
+from bigtrain.mesh import Mesh
 from bigtrain.model.batch import IGNORE, Batch
+from bigtrain.place import Place
 
 MESH = Mesh(Place(0, 1, 0, 1, "single"), torch.device("cpu"), None)
 BYTES = np.array([0, 1, 2, 4], dtype=np.int64)
@@ -25,7 +26,7 @@ def batch(targets: list[list[int]]) -> Batch:
 def test_unequal_batches_weigh_by_their_tokens() -> None:
     batches = [batch([[1, 2, 3]]), batch([[3, IGNORE, IGNORE]])]
     sums = iter([3.0, 5.0])
-    result = held_out(lambda _: next(sums), batches, BYTES, MESH)
+    result = held_out(lambda group: sum(next(sums) for _ in group), batches, BYTES, MESH)
     assert (result.tokens, result.bytes) == (4, 11)
     assert result.loss == pytest.approx(2.0)
     assert result.perplexity == pytest.approx(math.exp(2))

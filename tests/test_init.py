@@ -124,7 +124,7 @@ def test_a_part_of_a_model_starts_as_that_part_of_the_whole() -> None:
     for name, parameter in half.named_parameters():
         shape = tuple(full[name].shape)
         offset = tuple(a - b for a, b in zip(shape, parameter.shape, strict=True))  # the second half
-        parameter.logical = Logical(name, shape, offset)
+        parameter.logical = Logical(name, shape, offset, tuple(parameter.shape))
     initialise(half, config, seed=9)
     for name, parameter in half.named_parameters():
         index = tuple(slice(o, None) for o in parameter.logical.offset)

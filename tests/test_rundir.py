@@ -19,7 +19,8 @@ from bigtrain.config import Config
 from bigtrain.configfile import build, load
 from bigtrain.errors import UserError
 from bigtrain.logical import Piece
-from bigtrain.mesh import Mesh, Place, rendezvous
+from bigtrain.mesh import Mesh, rendezvous
+from bigtrain.place import Place
 from bigtrain.provenance import git_state, redacted
 from bigtrain.rundir import RunDir
 from tests.runs.worlds import run_world

@@ -26,7 +26,8 @@ from bigtrain.checkpoint.format import (
 )
 from bigtrain.errors import UserError
 from bigtrain.logical import Logical, Piece, boxes_of_flat_range
-from bigtrain.mesh import Mesh, Place
+from bigtrain.mesh import Mesh
+from bigtrain.place import Place
 
 Key = tuple[str, str]
 """Kind and logical name."""
@@ -104,7 +105,7 @@ def load_weights(path: str | Path, model: torch.nn.Module, *, verify: bool = Tru
     """
     pieces = []
     for name, parameter in model.named_parameters():
-        whole = Logical(name, tuple(parameter.shape), (0,) * parameter.dim())
+        whole = Logical.whole(name, parameter.shape)
         record: Logical = getattr(parameter, "logical", whole)
         pieces.append(Piece("master", record.name, record.shape, record.offset, parameter.data))
     opened = open_checkpoint(Path(path))

@@ -10,16 +10,17 @@ from torch import nn
 from bigtrain.config import Config
 from bigtrain.engine.reference import DTYPES
 from bigtrain.logical import logical_of
+from bigtrain.mesh import Mesh
 from bigtrain.model.init import initialise
 
 
 def partition_as_built(
-    deepspeed: Any, told: dict[str, Any], model: nn.Module, config: Config, device: Any
+    deepspeed: Any, told: dict[str, Any], model: nn.Module, config: Config, mesh: Mesh
 ) -> None:
     """Replace every meta parameter of `model` by one that is filled with its initial values and partitioned.
 
-    One whole parameter at a time exists on `device`, in fp32 and then in the precision of the run. `told` is
-    DeepSpeed's configuration. Collective: DeepSpeed sends each parameter from rank 0 before it cuts it.
+    One parameter at a time exists in full, in fp32 and then in the precision of the run. `told` is DeepSpeed's
+    configuration. Collective: DeepSpeed sends each parameter from the first replica before it cuts it.
     """
     dtype = DTYPES[config.train.precision]
     built: dict[nn.Parameter, Any] = {}
@@ -28,8 +29,8 @@ def partition_as_built(
             if meta is None:
                 continue
             if meta not in built:  # a tied weight stays one
-                built[meta] = fill(meta, config, device, dtype)
-                convert(deepspeed, told, list(built.values()), dtype)
+                built[meta] = fill(meta, config, mesh.device, dtype)
+                convert(deepspeed, told, list(built.values()), dtype, mesh)
             module._parameters[name] = built[meta]
 
 
@@ -42,9 +43,19 @@ def fill(meta: nn.Parameter, config: Config, device: Any, dtype: torch.dtype) ->
     return whole  # type: ignore[no-any-return]
 
 
-def convert(deepspeed: Any, told: dict[str, Any], parameters: list[Any], dtype: torch.dtype) -> None:
+def convert(
+    deepspeed: Any, told: dict[str, Any], parameters: list[Any], dtype: torch.dtype, mesh: Mesh
+) -> None:
     """Cut the newest parameter; the first one sets DeepSpeed's partitioning up for the others."""
     if len(parameters) > 1:
         parameters[0].convert_to_zero_parameters(param_list=parameters[-1:])
     else:
-        deepspeed.zero.Init(module=nn.ParameterList(parameters), config_dict_or_path=told, dtype=dtype)
+        group = None  # all ranks
+        if mesh.model.size > 1:
+            group = mesh.replica.group or mesh.axes["alone"].group
+        deepspeed.zero.Init(
+            module=nn.ParameterList(parameters),
+            config_dict_or_path=told,
+            dtype=dtype,
+            data_parallel_group=group,
+        )

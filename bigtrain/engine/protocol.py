@@ -9,10 +9,13 @@ from typing import Any, Protocol
 import torch
 
 from bigtrain.config import Config
-from bigtrain.errors import UserError
+from bigtrain.grid import grid_of
 from bigtrain.logical import Piece
 from bigtrain.mesh import Mesh
 from bigtrain.model.batch import Batch
+from bigtrain.model.build import materialise
+from bigtrain.model.init import initialise
+from bigtrain.parallel.apply import lay
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class Engine(Protocol):
         `counted` is the number of counted tokens in the global batch of all ranks, `lr` this step's rate.
         """
 
-    def eval_step(self, batch: Batch) -> float:
-        """This rank's sum of plain cross-entropy in nats, without dropout or gradients."""
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """This rank's part of the sum of plain cross-entropy in nats, without dropout or gradients.
+
+        Summed over all ranks, every counted token of every data rank's `batches` comes once.
+        """
 
     def pieces(self, owned: bool) -> Iterator[Piece]:
         """Views of the fp32 weights and the optimizer state as boxes of logical tensors.
@@ -58,20 +64,22 @@ class Engine(Protocol):
         """Free what the engine holds."""
 
 
-def build_device(config: Config, mesh: Mesh) -> torch.device:
-    """Where to build the model that `make_engine` gets: "meta" where the engine fills and cuts it itself."""
-    cut = engine_name(config, mesh.world) == "zero" and config.layout.zero == 3
-    return torch.device("meta") if cut else mesh.device
-
-
 def make_engine(model: torch.nn.Module, config: Config, mesh: Mesh) -> Engine:
     """The engine that `layout` names; auto is the reference on one process and ZeRO on several.
 
-    `model` is whole, fp32, on `build_device`, or on the mesh's device (then ZeRO-3 cuts it afterwards), and
-    becomes the engine's. Raises UserError for a layout that cannot work, naming the nearest one that does.
+    `model` is whole and on the meta device; it becomes the engine's. It is laid over the mesh, and each rank
+    fills its own part with initial values. Raises UserError for a layout that cannot work, naming the nearest
+    one that does.
     """
+    grid_of(config, mesh.world)
     name = engine_name(config, mesh.world)
-    check_engine(config, name, mesh.world)
+    model = lay(model, config, mesh)
+    if name == "zero" and config.layout.zero == 3:
+        from bigtrain.engine.zero import ZeroEngine
+
+        return ZeroEngine(model, config, mesh)  # it cuts every parameter as soon as it is filled
+    materialise(model, mesh.device)
+    initialise(model, config.model, config.train.seed)
     if name == "reference":
         from bigtrain.engine.reference import ReferenceEngine
 
@@ -91,36 +99,3 @@ def engine_name(config: Config, world: int) -> str:
     if chosen != "auto":
         return chosen
     return "reference" if world == 1 and config.layout.offload == "none" else "zero"
-
-
-def check_engine(config: Config, name: str, world: int) -> None:
-    """UserError unless engine `name` can run this config on `world` ranks."""
-    layout = config.layout
-    if name == "reference":
-        if world > 1:
-            raise UserError(
-                f"the reference engine runs in one process, not {world}",
-                where="layout.engine",
-                do='use engine = "auto", or start one process',
-            )
-        return
-    if config.optim.kind == "muon" and layout.zero > 0:
-        raise UserError(
-            f"muon needs whole matrices, and ZeRO {layout.zero} cuts them into flat partitions",
-            where="optim.kind",
-            do='use layout.zero = 0, or optim.kind = "adamw"',
-        )
-    if config.model.kind == "lstm" and layout.zero == 3:
-        # It calls its layers once a document segment, so not equally often on all ranks, and ZeRO-3 gathers
-        # weights at every call.
-        raise UserError(
-            "the lstm calls its layers a different number of times on each rank, so ZeRO 3 cannot gather them",
-            where="layout.zero",
-            do="use layout.zero = 2",
-        )
-    if layout.offload == "optimizer" and layout.zero == 0:
-        raise UserError(
-            "ZeRO 0 keeps the optimizer state where the weights are",
-            where="layout.offload",
-            do='use layout.zero = 1, or offload = "none"',
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,10 +29,9 @@ class ReferenceEngine:
         self.device = next(model.parameters()).device
         self.updates = 0
         self.scaler = LossScaler() if config.train.precision == "fp16" else None
-        # named_parameters gives a tied weight once, so it is counted, clipped and updated once.
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.names = [name for name, _ in named]
-        self.weights = [p for _, p in named]
+        # parameters() gives a tied weight once, so it is counted, clipped and updated once.
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.records = [logical_of(p) for p in self.weights]
         self.masters = self.weights
         """The fp32 weights that the optimizer updates; the model's own in fp32."""
         dtype = DTYPES[config.train.precision]
@@ -42,7 +41,8 @@ class ReferenceEngine:
             self.masters = [nn.Parameter(p.detach().float()) for p in self.weights]
             for weight, master in zip(self.weights, self.masters, strict=True):
                 weight.register_post_accumulate_grad_hook(_accumulate_into(master))  # type: ignore[no-untyped-call]
-        self.optimizer = build_optimizer(zip(self.names, self.masters, strict=True), config.optim)
+        names = [record.name for record in self.records]
+        self.optimizer = build_optimizer(zip(names, self.masters, strict=True), config.optim)
         for group in self.optimizer.param_groups:
             for master in group["params"]:
                 materialise_state(self.optimizer, master, group)
@@ -63,10 +63,12 @@ class ReferenceEngine:
     def _gradients(self, microbatches: Sequence[Batch], counted: int, scale: float) -> tuple[float, float]:
         """Fill the masters' .grad with scale x the gradient; loss and unscaled gradient norm."""
         nll = self._backward(microbatches, scale / counted)
-        grads = [master.grad for master in self.masters if master.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        total, scaled_norm = torch.stack([nll, norm.double()]).tolist()
+        total, scaled_norm = torch.stack([nll, self._norm().double()]).tolist()
         return total / counted, scaled_norm / scale
+
+    def _norm(self) -> torch.Tensor:
+        """Norm of all gradients."""
+        return norm_of(master.grad for master in self.masters)
 
     def _backward(self, microbatches: Sequence[Batch], factor: float) -> torch.Tensor:
         """Add factor x the gradient of every microbatch; the sum of plain cross-entropy, float64."""
@@ -105,18 +107,17 @@ class ReferenceEngine:
         )
 
     @torch.no_grad()
-    def eval_step(self, batch: Batch) -> float:
-        """See `Engine.eval_step`."""
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """See `Engine.evaluate`."""
         self.model.eval()
-        nll = float(self._forward(batch).nll)
+        nll = math.fsum(float(self._forward(batch).nll) for batch in batches)
         self.model.train()
         return nll
 
     def pieces(self, owned: bool) -> Iterator[Piece]:
         """See `Engine.pieces`: one rank holds and owns every logical tensor whole."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            record = logical_of(weight)
+        for record, master in zip(self.records, self.masters, strict=True):
             state = self.optimizer.state[master]
             views = {"master": master.detach(), **{m: state[m] for m in moments_of(groups[master])}}
             for kind, view in views.items():
@@ -136,6 +137,15 @@ class ReferenceEngine:
 
     def close(self) -> None:
         """Nothing to free beyond what Python frees."""
+
+
+def norm_of(gradients: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """Euclidean norm of many tensors as one; 0 of none."""
+    found = [g for g in gradients if g is not None]
+    if not found:
+        return torch.zeros(())
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
+    return norm
 
 
 def _accumulate_into(master: nn.Parameter) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,11 @@ from bigtrain.engine.partition import partition_as_built
 from bigtrain.engine.protocol import StepResult
 from bigtrain.engine.scaler import LossScaler
 from bigtrain.logical import Logical, Piece, boxes_of_flat_range, logical_of
-from bigtrain.mesh import Mesh
+from bigtrain.mesh import Axis, Mesh
 from bigtrain.model.batch import Batch
 from bigtrain.optim import build_optimizer, materialise_state, moments_of, set_step
+from bigtrain.parallel.partial import SumAtLast, sum_parts
+from bigtrain.parallel.pipeline import Pipeline
 
 PERSISTENT_ELEMENTS = 10_000
 """ZeRO-3 keeps smaller parameters (norms, biases) whole on every rank: gathering costs more than it saves."""
@@ -40,44 +43,60 @@ class ZeroEngine:
     """DeepSpeed's engine behind the `Engine` protocol."""
 
     def __init__(self, model: nn.Module, config: Config, mesh: Mesh) -> None:
-        """`model` is fp32, the same on all ranks, and becomes the engine's.
+        """`model` is fp32, laid over the mesh, the same on all ranks of the replica axis; it becomes the engine's.
 
-        With ZeRO-3 it may be on the meta device: it is then filled with its initial values and cut parameter
-        by parameter, and no rank ever holds it whole.
+        With ZeRO-3 it is on the meta device: it is filled with its initial values and cut parameter by
+        parameter, and no rank ever holds all of it.
         """
         self._linear = F.linear
+        self.pipeline = model if isinstance(model, Pipeline) else None
         deepspeed = import_deepspeed(mesh)
-        told = deepspeed_config(config, sum(p.numel() for p in model.parameters()))
+        self._groups = deepspeed.utils.groups
+        told = deepspeed_config(
+            config, sum(p.numel() for p in model.parameters()), pipeline=self.pipeline is not None
+        )
         if next(model.parameters()).is_meta:
             with quiet():
-                partition_as_built(deepspeed, told, model, config, mesh.device)
+                partition_as_built(deepspeed, told, model, config, mesh)
         self.mesh = mesh
-        self.level = config.layout.zero
+        self.level = sharding_level(config, self.pipeline is not None)
         self.updates = 0
         self.scaler = LossScaler() if config.train.precision == "fp16" else None
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.records: list[tuple[Logical, Any]] = [(logical_of(p), p) for _, p in named]
-        self.base = build_optimizer(named, config.optim)
+        self.records: list[tuple[Logical, Any]] = [
+            (logical_of(p), p) for p in model.parameters() if p.requires_grad
+        ]
+        for record, p in self.records:
+            p.model_parallel = record.counted  # its mark of a parameter that this rank counts in the norm
+        self.base = build_optimizer(((record.name, p) for record, p in self.records), config.optim)
         with quiet():
             self.engine, self.sharder, _, _ = deepspeed.initialize(
-                model=model, optimizer=self.base, config=told, dist_init_required=False
+                model=model,
+                optimizer=self.base,
+                config=told,
+                dist_init_required=False,
+                mpu=Topology(mesh) if mesh.model.size > 1 else None,
             )
         for flat, group in self._flats():
             materialise_state(self.base, flat, group)
+        self._parts: SumAtLast | None = None
+        if self.pipeline is None:
+            self._parts = SumAtLast((p for _, p in self.records), mesh)
+        elif config.train.precision != "fp32" and not self._is_bf16_optimizer:
+            for _, p in self.records:
+                # What its own hook does outside coalesce_grad_reduction: add up in fp32.
+                p.register_post_accumulate_grad_hook(self.sharder._fill_param_grad_accum_attribute)
 
     def train_step(self, microbatches: Sequence[Batch], counted: int, lr: float) -> StepResult:
         """See `Engine.train_step`."""
         scale = self.scaler.scale if self.scaler else 1.0
         if self.scaler:
             self.sharder.loss_scaler.cur_scale = scale
-        counted = max(counted, 1)
-        losses = []
-        for i, batch in enumerate(microbatches):
-            self.engine.set_gradient_accumulation_boundary(i == len(microbatches) - 1)
-            out = self._forward(batch)
-            losses.append(out.nll)
-            # DeepSpeed averages over the ranks; a nll that is not finite makes the gradient NaN (0 * inf).
-            self.engine.backward(out.objective * (self.mesh.data_size / counted + 0.0 * out.nll))
+        factor = self.mesh.replica.size / max(counted, 1)  # DeepSpeed averages over the replicas
+        mine = (
+            self._one_by_one(microbatches, factor)
+            if self.pipeline is None
+            else self._piped(microbatches, factor * scale)
+        )
         for group in self.base.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -85,8 +104,44 @@ class ZeroEngine:
         self.updates += not skipped
         if self.scaler:
             self.scaler.update(overflow=skipped)
-        (nll,) = self.mesh.sum([float(torch.stack(losses).double().sum())])
-        return StepResult(nll / counted, float(self.sharder._global_grad_norm), skipped, scale)
+        (nll,) = self.mesh.sum([mine if self.mesh.tensor.rank == 0 else 0.0])
+        return StepResult(nll / max(counted, 1), float(self.sharder._global_grad_norm), skipped, scale)
+
+    def _one_by_one(self, microbatches: Sequence[Batch], factor: float) -> float:
+        """Forward and backward, microbatch after microbatch; gradients are reduced on the way."""
+        assert self._parts is not None
+        losses = []
+        for i, batch in enumerate(microbatches):
+            self._parts.last = i == len(microbatches) - 1
+            self.engine.set_gradient_accumulation_boundary(self._parts.last)
+            out = self._forward(batch)
+            losses.append(out.nll)
+            # A nll that is not finite makes the gradient NaN (0 * inf).
+            self.engine.backward(out.objective * (factor + 0.0 * out.nll))
+        return float(torch.stack(losses).double().sum())
+
+    def _piped(self, microbatches: Sequence[Batch], factor: float) -> float:
+        """The whole schedule leaves its gradients on the parameters; they are reduced once, at its end."""
+        assert self.pipeline is not None
+        for _, p in self.records:
+            p.grad_accum = None  # its forward pass would clear the last step's
+        if (
+            self._is_bf16_optimizer
+        ):  # no coalescing there, nor any need: it adds up in fp32 and reduces when told
+            nll = self.pipeline.train_step(microbatches, factor)
+            sum_parts(((r, p._hp_grad) for r, p in self.records), self.mesh)
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
+            return float(nll)
+        with self.engine.coalesce_grad_reduction():
+            nll = self.pipeline.train_step(microbatches, factor)
+            sum_parts(((r, self.sharder.get_gradient_for_reduction(p)) for r, p in self.records), self.mesh)
+        return float(nll)
+
+    @property
+    def _is_bf16_optimizer(self) -> bool:
+        """DeepSpeed's class for ZeRO-1 over bf16 weights with fp32 gradients; it shares little with the others."""
+        return hasattr(self.sharder, "fp32_groups_gradients")
 
     def _forward(self, batch: Batch) -> Any:
         batch = batch.to(self.mesh.device)
@@ -95,24 +150,31 @@ class ZeroEngine:
         )
 
     @torch.no_grad()
-    def eval_step(self, batch: Batch) -> float:
-        """See `Engine.eval_step`. ZeRO-3 gathers weights, so all ranks must call it equally often."""
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """See `Engine.evaluate`. Collective: ZeRO-3 gathers weights, so all ranks must call it equally often."""
         self.engine.eval()
-        nll = float(self._forward(batch).nll)
+        if self.pipeline is not None:
+            nll = float(self.pipeline.evaluate(batches))
+        else:
+            nll = math.fsum(float(self._forward(batch).nll) for batch in batches)
         self.engine.train()
-        return nll
+        return nll if self.mesh.tensor.rank == 0 else 0.0
 
     def pieces(self, owned: bool) -> Iterator[Piece]:
-        """See `Engine.pieces`: partitions do not overlap, so this rank owns all it holds."""
+        """See `Engine.pieces`: partitions do not overlap, so replicas own all they hold."""
         for fragment in self._fragments():
+            record = fragment.logical
+            if owned and not record.counted:
+                continue
             state = self.base.state[fragment.flat]
             views = {"master": fragment.flat.detach(), **{m: state[m] for m in moments_of(fragment.group)}}
-            boxes = boxes_of_flat_range(fragment.logical.shape, fragment.start, fragment.count)
+            boxes = boxes_of_flat_range(record.sizes, fragment.start, fragment.count)
             for kind, flat in views.items():
                 for box in boxes:
                     first = fragment.offset + box.start - fragment.start
                     view = flat.narrow(0, first, torch.Size(box.sizes).numel()).view(box.sizes)
-                    yield Piece(kind, fragment.logical.name, fragment.logical.shape, box.offset, view)
+                    offset = tuple(a + b for a, b in zip(record.offset, box.offset, strict=True))
+                    yield Piece(kind, record.name, record.shape, offset, view)
 
     def extra_state(self) -> dict[str, Any]:
         """See `Engine.extra_state`."""
@@ -138,6 +200,7 @@ class ZeroEngine:
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers, and the F.linear that ZeRO-3 put in place of torch's."""
         self.engine.destroy()
+        self._groups.mpu = None  # it keeps the last engine's mesh for the next one
         F.linear = self._linear
 
     def _flats(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
@@ -157,7 +220,7 @@ class ZeroEngine:
         for logical, p in self.records:
             if self.level == 3:
                 number, offset, size = self.sharder.grad_position[self.sharder.get_param_id(p)]
-                start = self.mesh.data_rank * size
+                start = self.mesh.replica.rank * size
                 count = max(0, min(size, p.ds_numel - start))
             elif p._hp_mapping is None:
                 continue
@@ -172,7 +235,7 @@ class ZeroEngine:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + count) of a logical tensor lie in `flat` from `offset` on."""
+    """Elements [start, start + count) of a parameter's box lie in `flat` from `offset` on."""
 
     logical: Logical
     start: int
@@ -182,7 +245,62 @@ class Fragment:
     offset: int
 
 
-def deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
+class Topology:
+    """What DeepSpeed asks about the mesh (its `mpu`): who shares a replica's gradients, whose norms add up."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def get_data_parallel_group(self) -> Any:
+        """Ranks that hold the same weights."""
+        return self._group(self.mesh.replica)
+
+    def get_data_parallel_world_size(self) -> int:
+        """Their number."""
+        return self.mesh.replica.size
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank's place among them."""
+        return self.mesh.replica.rank
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their global ranks."""
+        return list(self.mesh.replica.ranks)
+
+    def get_model_parallel_group(self) -> Any:
+        """Ranks whose weights make one model."""
+        return self._group(self.mesh.model)
+
+    def get_model_parallel_world_size(self) -> int:
+        """Their number."""
+        return self.mesh.model.size
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank's place among them. Rank 0 counts all it holds, the others what is marked."""
+        return self.mesh.model.rank
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        """The first of them."""
+        return self.mesh.model.ranks[0]
+
+    def _group(self, axis: Axis) -> Any:
+        return axis.group or self.mesh.axes["alone"].group
+
+
+def sharding_level(config: Config, pipeline: bool) -> int:
+    """The ZeRO level that DeepSpeed is told.
+
+    Gradients of a pipeline stay whole until its last microbatch, so that level 2 saves nothing over level 1, which
+    adds up in fp32 where level 2 would round the sum of 16-bit gradients.
+    """
+    return min(config.layout.zero, 1) if pipeline else config.layout.zero
+
+
+def deepspeed_config(config: Config, elements: int, *, pipeline: bool) -> dict[str, Any]:
     """What DeepSpeed is told: sharding and precision of a model of so many `elements`.
 
     As far as it knows, a step has one microbatch: train_step says which one is the last.
@@ -197,7 +315,7 @@ def deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
         # Its CPU Adam is compiled at start (minutes, silent); torch's fused AdamW is as fast on a CPU.
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
-            "stage": config.layout.zero,
+            "stage": sharding_level(config, pipeline),
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
             "reduce_bucket_size": min(BUCKET_ELEMENTS, elements),
         },
@@ -211,7 +329,8 @@ def deepspeed_config(config: Config, elements: int) -> dict[str, Any]:
         told["data_types"] = {"grad_accum_dtype": "fp32"}
         told["communication_data_type"] = "fp32"
     if precision == "bf16":
-        told["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # immediate_grad_update: add up by hooks, which fire in a pipeline's backward passes too.
+        told["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": pipeline}
     if precision == "fp16":
         # A static scale, which train_step sets from our own scaler before each step.
         told["fp16"] = {"enabled": True, "loss_scale": 1.0}

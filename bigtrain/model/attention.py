@@ -24,6 +24,8 @@ from bigtrain.model.rope import rope_tables, rotate
 class Scope:
     """What all layers of one forward pass share; computed once, not once a layer."""
 
+    rows: tuple[int, int]
+    """(B, S) of the queries."""
     positions: torch.Tensor
     """(S,) or (B, S) int64: the place of each token in its own document."""
     rope: tuple[torch.Tensor, torch.Tensor] | None
@@ -41,10 +43,12 @@ def make_scope(
     cache: KVCache | None = None,
     *,
     explicit: bool = False,
+    queries: torch.Tensor | None = None,
 ) -> Scope:
     """Positions, rotary tables and visibility of tokens (B, S).
 
-    `explicit` asks for a mask even where "causal" would do (the reference attention).
+    `explicit` asks for a mask even where "causal" would do (the reference attention). `queries` (S,) int64 are
+    the columns this rank computes, by default all; then S below counts these, and keys are all columns.
     """
     B, S = tokens.shape
     causal = config.objective == "causal"
@@ -56,11 +60,14 @@ def make_scope(
         keys = torch.arange(cache.end + S, device=tokens.device)
     elif cu_seqlens is not None and len(cu_seqlens) != B + 1:  # B + 1: rows are the only boundaries
         document, positions = documents(cu_seqlens, B, S)
-        same = document[:, :, None] == document[:, None, :]
+        asking = document if queries is None else document[:, queries]
+        same = asking[:, :, None] == document[:, None, :]
+    if queries is not None:
+        positions = positions[..., queries]
     mask: torch.Tensor | None = same
     if causal and (explicit or same is not None or cache is not None or config.sliding_window):
         # Distances between tokens of one document are the same in the row's numbering.
-        row = positions if cache is not None else torch.arange(S, device=tokens.device)
+        row = positions if cache is not None else keys if queries is None else queries
         back = row[..., :, None] - keys
         near = back >= 0
         if config.sliding_window:
@@ -69,7 +76,7 @@ def make_scope(
     if mask is not None:
         mask = mask[:, None] if mask.dim() == 3 else mask[None, None]
     rope = rope_tables(positions, config) if config.position == "rope" else None
-    return Scope(positions, rope, mask, causal)
+    return Scope((B, positions.shape[-1]), positions, rope, mask, causal)
 
 
 def documents(cu_seqlens: torch.Tensor, B: int, S: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +88,7 @@ def documents(cu_seqlens: torch.Tensor, B: int, S: int) -> tuple[torch.Tensor, t
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scope], torch.Tensor]
+Project = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 def attend_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scope: Scope) -> torch.Tensor:
@@ -131,16 +139,18 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.bias)
+        # One call for all three, so that parallel.tensor can put one module in its place.
+        self.project: Project = self._project
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
 
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x: torch.Tensor, scope: Scope, cache: KVCache | None = None) -> torch.Tensor:
         """(B, S, C) -> (B, S, C). With a cache, keys and values are stored there and read back from it."""
-        B, S, _ = x.shape
         # -1: the heads this module holds, which is a part of them under tensor parallelism.
-        q = self.q_proj(x).view(B, S, -1, self.head_dim)
-        k = self.k_proj(x).view(B, S, -1, self.head_dim)
-        v = self.v_proj(x).view(B, S, -1, self.head_dim)
+        q, k, v = (part.view(*scope.rows, -1, self.head_dim) for part in self.project(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if scope.rope is not None:

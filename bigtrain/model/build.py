@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bigtrain.config import LossConfig, ModelConfig
-from bigtrain.logical import mark_logical
+from bigtrain.logical import logical_of, mark_logical
 from bigtrain.model.init import initialise
 from bigtrain.model.lstm import LSTM
 from bigtrain.model.transformer import Transformer
@@ -46,12 +47,23 @@ def build_model(
             model = LSTM(config, loss, kernels=kernels, seed=seed)
         else:
             model = Transformer(config, loss, kernels=kernels, recompute=recompute)
-    device = torch.device(device)
-    if device.type != "meta":
-        model.to_empty(device=device)
-        if isinstance(model, Transformer):
-            model.tie()
     mark_logical(model)
-    if device.type != "meta":
+    if torch.device(device).type != "meta":
+        materialise(model, device)
         initialise(model, config, seed)
     return model
+
+
+def materialise(model: nn.Module, device: torch.device | str) -> None:
+    """Replace meta parameters by empty ones on `device`: records are kept, tied ones stay one."""
+    made: dict[nn.Parameter, Any] = {}
+    for module in model.modules():
+        for name, meta in module._parameters.items():
+            if meta is None:
+                continue
+            if meta not in made:
+                made[meta] = nn.Parameter(torch.empty_like(meta, device=device))
+                made[meta].logical = logical_of(meta)
+            module._parameters[name] = made[meta]
+            if isinstance(module, nn.LSTM):  # it keeps a second list of its weights
+                setattr(module, name, made[meta])

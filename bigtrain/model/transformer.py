@@ -14,10 +14,24 @@ from torch.utils.checkpoint import checkpoint
 
 from bigtrain.config import LossConfig, ModelConfig
 from bigtrain.errors import UserError
-from bigtrain.model.attention import Attention, Scope, make_scope
+from bigtrain.model.attention import Attention, Project, Scope, make_scope
 from bigtrain.model.cache import KVCache
 from bigtrain.model.loss import Head, LossSum
 from bigtrain.model.norm import RMSNorm
+
+SHARDING = {
+    "embed_tokens": ("vocabulary", "out"),
+    "q_proj": ("heads", "out"),
+    "k_proj": ("kv_heads", "out"),
+    "v_proj": ("kv_heads", "out"),
+    "o_proj": ("heads", "in"),
+    "gate_proj": ("features", "out"),
+    "up_proj": ("features", "out"),
+    "down_proj": ("features", "in"),
+    "lm_head": ("vocabulary", "out"),
+}
+"""How tensor parallelism may cut each module: along what, and on which side of its matrix. What is not named here
+is the same on all ranks."""
 
 
 class SwiGLU(nn.Module):
@@ -28,10 +42,15 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.ffn, bias=config.bias)
         self.up_proj = nn.Linear(config.width, config.ffn, bias=config.bias)
         self.down_proj = nn.Linear(config.ffn, config.width, bias=config.bias)
+        self.project: Project = self._project  # parallel.tensor puts one module in its place
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, C) -> (B, S, C)."""
-        out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        out: torch.Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 
@@ -42,10 +61,15 @@ class GeluMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.width, config.ffn, bias=config.bias)
         self.down_proj = nn.Linear(config.ffn, config.width, bias=config.bias)
+        self.project: Project = self._project
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.up_proj(x),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, C) -> (B, S, C)."""
-        out: torch.Tensor = self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        (up,) = self.project(x)
+        out: torch.Tensor = self.down_proj(F.gelu(up, approximate="tanh"))
         return out
 
 
@@ -73,7 +97,12 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm, head. Knows nothing of ranks."""
+    """Embedding, blocks, norm, head. Knows nothing of ranks; a pipeline's chunk is one with parts taken out."""
+
+    embed_tokens: nn.Module | None
+    embed_positions: nn.Module | None
+    norm: nn.Module | None
+    lm_head: nn.Module | None
 
     def __init__(
         self,
@@ -100,7 +129,7 @@ class Transformer(nn.Module):
 
     def tie(self) -> None:
         """Make the head the embedding matrix if the config says so; again after `to_empty`."""
-        if self.config.tied:
+        if self.config.tied and self.lm_head is not None and self.embed_tokens is not None:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
@@ -111,13 +140,17 @@ class Transformer(nn.Module):
         targets: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        scope: Scope | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor | LossSum:
         """Logits (B, S, V) in the model's dtype, or with `targets` (B, S) the summed loss.
 
         tokens (B, S) int64. cu_seqlens (documents + 1,) int32: starts of the packed documents in the
         flattened B x S tokens, rows being boundaries too; documents do not see each other and positions
         restart at each. cache: keys and values of what came before, extended by this call. sample_ids is not
-        used here (lstm's dropout is). Raises UserError when S is longer than model.max_length.
+        used here (lstm's dropout is). scope: what `make_scope` would return, when the caller knows better.
+        A model without an embedding goes on from `hidden` (B, S, C); one without a head returns that.
+        Raises UserError when S is longer than model.max_length.
         """
         S = tokens.shape[1]
         if self.config.max_length < S:
@@ -125,10 +158,9 @@ class Transformer(nn.Module):
                 f"a sequence of {S} tokens is longer than model.max_length {self.config.max_length}",
                 do="shorten the sequences or raise model.max_length",
             )
-        scope = make_scope(self.config, tokens, cu_seqlens, cache, explicit=self.kernels == "reference")
-        x = self.embed_tokens(tokens)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(scope.positions)
+        if scope is None:
+            scope = make_scope(self.config, tokens, cu_seqlens, cache, explicit=self.kernels == "reference")
+        x = self._embed(tokens, scope) if hidden is None else hidden
         for layer in self.layers:
             if self.recompute == "full" and torch.is_grad_enabled():
                 x = checkpoint(layer, x, scope, use_reentrant=False, preserve_rng_state=False)
@@ -136,9 +168,17 @@ class Transformer(nn.Module):
                 x = layer(x, scope, cache)
         if cache is not None:
             cache.advance(S)
+        if self.lm_head is None or self.norm is None:
+            return x
         return self.lm_head(self.norm(x), targets)  # type: ignore[no-any-return]
+
+    def _embed(self, tokens: torch.Tensor, scope: Scope) -> torch.Tensor:
+        """(B, S) -> (B, S, C)."""
+        assert self.embed_tokens is not None, "a model without an embedding is given hidden states"
+        x: torch.Tensor = self.embed_tokens(tokens)
+        return x if self.embed_positions is None else x + self.embed_positions(scope.positions)
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """An empty cache for `rows` sequences of at most `length` tokens."""
-        weight = self.embed_tokens.weight
+        weight = next(self.parameters())
         return KVCache(self.config, rows, length, weight.device, weight.dtype)

@@ -62,11 +62,27 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> Flops:
     if config.kind == "lstm":
         forward = 2.0 * (L * 8 * C * C + V * C)
         return Flops(forward, 3 * forward, forward, 3 * forward)
-    products = 2.0 * (L * _layer_matrices(config) + V * C)
-    per_key = 4.0 * L * config.num_heads * config.dim_per_head  # a score and a weighted value: 2 D each
+    products = 2.0 * L * _layer_matrices(config) + head_flops(config)
+    per_key = L * _flops_per_key(config)
     full = products + per_key * S
     visible = products + per_key * visible_keys(config, S) / S
     return Flops(full, 3 * full, visible, 3 * visible)
+
+
+def head_flops(config: ModelConfig) -> float:
+    """Forward operations per token of the output projection."""
+    return 2.0 * config.vocab_size * config.width
+
+
+def layer_flops(config: ModelConfig, sequence_length: int) -> float:
+    """Forward operations per token of one transformer block, counting the keys that a query sees."""
+    seen = visible_keys(config, sequence_length) / sequence_length
+    return 2.0 * _layer_matrices(config) + _flops_per_key(config) * seen
+
+
+def _flops_per_key(config: ModelConfig) -> float:
+    """A score and a weighted value: 2 D each, for every head."""
+    return 4.0 * config.num_heads * config.dim_per_head
 
 
 def visible_keys(config: ModelConfig, sequence_length: int) -> int:

@@ -7,9 +7,10 @@ import torch
 
 from bigtrain.engine import make_engine
 from bigtrain.engine.protocol import StepResult
-from bigtrain.mesh import Mesh, Place
+from bigtrain.mesh import Mesh
 from bigtrain.model.batch import Batch
 from bigtrain.model.build import build_model
+from bigtrain.place import Place
 from tests.test_config import small
 
 pytestmark = [

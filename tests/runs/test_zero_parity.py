@@ -139,7 +139,7 @@ def reference(steps: int, skipped: int | None = None, **config: Any) -> Case:
             found["loss"] += one_step["loss"]
             found["norm"] += one_step["norm"]
     found["tensors"] = assemble(local_boxes(engine))
-    found["eval"] = [engine.eval_step(sample(n)) for n in range(4)]
+    found["eval"] = [engine.evaluate([sample(n)]) for n in range(4)]
     return found
 
 
@@ -223,8 +223,8 @@ def test_sixteen_bits(two: Callable[[str], Case], precision: str, ulp: float, le
 def test_the_sixteen_bit_bound_fails_on_a_shuffled_gradient() -> None:
     config = make_config(precision="bf16")
     engine = ReferenceEngine(make_model(config), config)
-    for name, weight in zip(engine.names, engine.weights, strict=True):
-        if name == "layers.0.self_attn.k_proj.weight":
+    for record, weight in zip(engine.records, engine.weights, strict=True):
+        if record.name == "layers.0.self_attn.k_proj.weight":
             weight.register_hook(lambda g: g.flip(0))
     found: Case = train(engine, range(6))
     found["tensors"] = assemble(local_boxes(engine))
