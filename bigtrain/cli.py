@@ -166,12 +166,28 @@ def _add_inspect(verbs: Verbs) -> None:
         epilog="""\
 examples:
   bigtrain inspect llama-8b                    a config: parameters, FLOPs a token, memory of the states
+  bigtrain inspect llama-8b --schedule --set layout.pipeline=4      its pipeline as a picture
   bigtrain inspect data/books                  a dataset; data/books/train-00000.bin: one shard
   bigtrain inspect runs/quickstart             a run: where it stands, checkpoints, last metrics
   bigtrain inspect runs/quickstart --verify    also read every byte and compare checksums""",
     )
     p.add_argument("path", metavar="PATH", help="run, checkpoint, dataset, shard, tokenizer or config")
     p.add_argument("--verify", action="store_true", help="compare all checksums")
+    p.add_argument(
+        "--schedule",
+        action="store_true",
+        help="of a config: draw its pipeline's timeline, who computes what when, and the bubble",
+    )
+    p.add_argument("--ranks", type=int, help="with --schedule: ranks of the run (default: data = 1)")
+    p.add_argument("--out", help="with --schedule: the picture (default NAME-schedule.png)")
+    p.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of a config: change one key",
+    )
     p.set_defaults(run_verb=_inspect)
 
 
@@ -228,9 +244,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from bigtrain.explain import explain
+    from bigtrain.explain import explain, explain_pipeline
 
-    text, sound = explain(args.path, verify=args.verify)
+    if args.schedule:
+        print(explain_pipeline(args.path, args.overrides, ranks=args.ranks, out=args.out))
+        return 0
+    text, sound = explain(args.path, verify=args.verify, overrides=args.overrides)
     print(text)
     return 0 if sound else 1
 

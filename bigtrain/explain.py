@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,13 @@ from bigtrain.budget import BatchSchedule, Progress
 from bigtrain.config import Config
 from bigtrain.configfile import find_config, load, render
 from bigtrain.errors import UserError
-from bigtrain.grid import grid_of
+from bigtrain.grid import grid_of, layout_notes, model_ranks
 from bigtrain.metrics import read_records
 from bigtrain.plan.flops import flops_per_token, non_embedding_parameters, parameters
 from bigtrain.plan.scaling import chinchilla_tokens, peak_learning_rate
 
 
-def explain(path: str, *, verify: bool = False) -> tuple[str, bool]:
+def explain(path: str, *, verify: bool = False, overrides: Sequence[str] = ()) -> tuple[str, bool]:
     """A few lines about a run, a checkpoint, a dataset, a shard, a tokenizer or a config; whether it is sound.
 
     `verify` reads all data and compares checksums. Raises UserError when it is none of these, or is a damaged
@@ -41,13 +42,41 @@ def explain(path: str, *, verify: bool = False) -> tuple[str, bool]:
             where=path,
             do="runs hold config.toml, checkpoints manifest.json, datasets dataset.json",
         )
-    return explain_config(load(find_config(path))), True
+    return explain_config(load(find_config(path), overrides)), True
+
+
+def explain_pipeline(
+    path: str, overrides: Sequence[str] = (), *, ranks: int | None = None, out: str | None = None
+) -> str:
+    """The timeline of a config's pipeline, drawn as text and as a picture.
+
+    `ranks` decides the data axis and so the microbatches of a step. Raises UserError when the config has no
+    pipeline or does not fit so many ranks.
+    """
+    from bigtrain.parallel.schedule import bubble_formula
+    from bigtrain.parallel.split import chunk_costs
+    from bigtrain.timeline import explain_schedule
+
+    config = load(find_config(path), overrides)
+    data = grid_of(config, ranks or model_ranks(config)).data
+    microbatches = BatchSchedule.of(config).full // (config.train.microbatch * data)
+    layout = config.layout
+    costs = chunk_costs(config) if layout.pipeline > 1 else None
+    picture = Path(out or f"{config.name}-schedule.png")
+    shown = min(microbatches, 4 * layout.pipeline)  # more of the same would only make boxes too small to read
+    text = explain_schedule(config, picture, microbatches=shown, costs=costs)
+    if shown == microbatches:
+        return text
+    bubble = bubble_formula(layout.schedule, layout.pipeline, layout.chunks, microbatches)
+    whole = f"a step has {microbatches} of them, bubble {bubble:.1%} by the formula"
+    return f"{text}\ndrawn with {shown} microbatches; {whole}"
 
 
 def explain_config(config: Config, *, full: bool = False) -> str:
     """What a config means; `full` adds the resolved config itself. Reads the dataset if it is there."""
     grid_of(config, 1)
-    lines = [*_model_lines(config), *_budget_lines(config), *_data_lines(config), *_state_lines(config)]
+    lines = [*_model_lines(config), *_budget_lines(config), *_data_lines(config), *_layout_lines(config)]
+    lines += _state_lines(config)
     return (render(config) + "\n" if full else "") + "\n".join(lines)
 
 
@@ -113,6 +142,23 @@ def _data_lines(config: Config) -> list[str]:
     return [_line("data", f"{folder}: {train:,} tokens, read {consumed / max(train, 1):.2f} times")]
 
 
+def _layout_lines(config: Config) -> list[str]:
+    """The axes that a config asks for and the layers of each pipeline piece; nothing where there is none."""
+    from bigtrain.parallel.split import layers_of_chunks
+
+    each = model_ranks(config)
+    if each == 1:
+        return []
+    layout = config.layout
+    axes = ("pipeline", "context", "tensor")
+    named = " x ".join(f"{axis} {getattr(layout, axis)}" for axis in axes if getattr(layout, axis) > 1)
+    lines = [_line("layout", f"{named}: {each} ranks or a multiple of it, data takes the rest")]
+    if layout.pipeline > 1:
+        sizes = ", ".join(str(len(chunk)) for chunk in layers_of_chunks(config))
+        lines.append(_line("", f"{layout.schedule}, layers a piece: {sizes} (head with the last)"))
+    return lines + [_line("", note) for note in layout_notes(config, each)]
+
+
 def _state_lines(config: Config) -> list[str]:
     """Memory of weights, gradients and optimizer state by ZeRO level, and the size of a checkpoint."""
     total = parameters(config.model)
@@ -128,9 +174,11 @@ def _state_lines(config: Config) -> list[str]:
         3: lambda n: (weight + 4 + optimizer) / n,
     }
     zero = config.layout.zero
-    figures = ", ".join(f"{_bytes(total * levels[zero](n))} on {n}" for n in (1, 8, 64))
+    shared = config.layout.tensor * config.layout.pipeline  # about: norms are not cut, stages not quite equal
+    figures = ", ".join(f"{_bytes(total / shared * levels[zero](n))} on {n}" for n in (1, 8, 64))
+    each = "ranks" if model_ranks(config) == 1 else "data x context ranks"
     return [
-        _line("states a rank", f"ZeRO {zero}, {config.train.precision}: {figures} ranks (no activations)"),
+        _line("states a rank", f"ZeRO {zero}, {config.train.precision}: {figures} {each} (no activations)"),
         _line("a checkpoint", f"{_bytes(total * 4 * (1 + moments))} on disk"),
     ]
 

@@ -158,3 +158,17 @@ def _engine_problems(config: Config, world: int) -> Iterator[str]:
             "layout.offload: ZeRO 0 keeps the optimizer state where the weights are; use layout.zero = 1, "
             'or offload = "none"'
         )
+
+
+def layout_notes(config: Config, world: int) -> list[str]:
+    """What of [layout] works otherwise than it reads, as sentences for the user."""
+    layout, notes = config.layout, []
+    if world == 1 and (ranks := model_ranks(config)) > 1:
+        notes.append(
+            f"one process: the axes of [layout] are not used (they need {ranks} ranks or a multiple)"
+        )
+    elif layout.pipeline > 1 and layout.zero == 2:
+        notes.append(
+            "gradients of a pipeline stay whole until its last microbatch, so ZeRO 2 works as ZeRO 1 here"
+        )
+    return notes

@@ -12,6 +12,7 @@ from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.store import prune, resume, save
 from bigtrain.console import Console, Startup, summary
 from bigtrain.engine import StepResult, engine_name
+from bigtrain.grid import layout_notes
 from bigtrain.heldout import HeldOut
 from bigtrain.metrics import Meter, peak_flops, read_records, recent_losses
 from bigtrain.plan.flops import flops_per_token
@@ -87,10 +88,13 @@ class Recorder:
         if progress.step >= total_steps:
             ahead = f"all {total_steps:,} steps are done"
         zero = f" (ZeRO {config.layout.zero})" if engine == "zero" else ""
+        axes = f" ({parts.mesh.grid})" if parts.mesh.world > 1 else ""
         self.console.say(
-            f"{self.run.path}: {ahead} on {parts.mesh.world} x {parts.mesh.device.type}, {engine} engine{zero}, "
+            f"{self.run.path}: {ahead} on {parts.mesh.world} x {parts.mesh.device.type}{axes}, {engine} engine{zero}, "
             f"{config.train.precision}, peak lr {peak.value:.3g}{source}"
         )
+        for note in layout_notes(config, parts.mesh.world):
+            self.console.say(note)
         if config.layout.offload == "optimizer":
             self.console.say(
                 "the optimizer state is kept and updated in host memory, by PyTorch's fused AdamW"
@@ -145,6 +149,7 @@ class Recorder:
             "data": parts.corpus.manifest_hash,
             "layout": {
                 "world": parts.mesh.world,
+                "axes": str(parts.mesh.grid),
                 "engine": engine_name(config, parts.mesh.world),
                 "zero": config.layout.zero,
                 "precision": config.train.precision,

@@ -66,6 +66,8 @@ class ReplicaEngine(ReferenceEngine):
         assert work is not None
         self._flying.append((work, flat, self._ready))
         self._ready = []
+        while self._flying[0][0].is_completed() and len(self._flying) > 1:
+            self._land_one()  # a bucket is a copy of its gradients: no more of them than are under way
 
     def _backward(self, microbatches: Sequence[Batch], factor: float) -> torch.Tensor:
         if isinstance(self.model, Pipeline):
@@ -96,11 +98,14 @@ class ReplicaEngine(ReferenceEngine):
         """Wait for the sums and put them where the gradients were."""
         if self._ready:
             self._send()
-        for work, flat, grads in self._flying:
-            work.wait()
-            parts = torch.split(flat, [g.numel() for g in grads])
-            torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
-        self._flying = []
+        while self._flying:
+            self._land_one()
+
+    def _land_one(self) -> None:
+        work, flat, grads = self._flying.pop(0)
+        work.wait()
+        parts = torch.split(flat, [g.numel() for g in grads])
+        torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
 
     def _norm(self) -> torch.Tensor:
         """Every element once: each rank counts what its records say, the model axis adds up."""

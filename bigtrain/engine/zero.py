@@ -317,7 +317,10 @@ def deepspeed_config(config: Config, elements: int, *, pipeline: bool) -> dict[s
         "zero_optimization": {
             "stage": sharding_level(config, pipeline),
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
-            "reduce_bucket_size": min(BUCKET_ELEMENTS, elements),
+            # An eighth of a small model: one bucket for all would be a second set of gradients, and overlap nothing.
+            "reduce_bucket_size": min(BUCKET_ELEMENTS, elements, max(elements // 8, 1 << 20)),
+            # Its default sums every bucket on all ranks, twice the bytes of sending each part to its owner.
+            "use_multi_rank_bucket_allreduce": False,
         },
     }
     if config.layout.offload == "optimizer":

@@ -46,16 +46,19 @@ class _ColumnLinears(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, region: Region, *parameters: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         half = len(parameters) // 2
-        weights, ctx.biases = parameters[:half], parameters[half:]
+        # Not save_for_backward: recomputation would give copies back, and gradients that are put off need the
+        # parameters themselves.
+        ctx.weights, ctx.biases = parameters[:half], parameters[half:]
         entered = region.enter(x)
         ctx.region, ctx.shape = region, x.shape
-        ctx.save_for_backward(entered, *weights)
-        return tuple(F.linear(entered, w, b) for w, b in zip(weights, ctx.biases, strict=True))  # type: ignore[arg-type]
+        ctx.save_for_backward(entered)
+        return tuple(F.linear(entered, w, b) for w, b in zip(ctx.weights, ctx.biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        entered, *weights = ctx.saved_tensors
+        (entered,) = ctx.saved_tensors
         region: Region = ctx.region
+        weights = list(ctx.weights)
         flat = [g.flatten(0, -2) for g in grads]
         grad_x = flat[0] @ weights[0]
         for g, w in zip(flat[1:], weights[1:], strict=True):
@@ -85,13 +88,13 @@ class RowLinear(nn.Module):
 class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, region: Region) -> torch.Tensor:
-        ctx.region = region
-        ctx.save_for_backward(x, weight)
+        ctx.region, ctx.weight = region, weight
+        ctx.save_for_backward(x)
         return region.leave(F.linear(x, weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad = ctx.region.leave_grad(grads[0]).flatten(0, -2)
         (grad_weight, _) = weight_gradients(ctx.region, x, [weight], [None], [grad])
         return (grad @ weight).view(x.shape), grad_weight, None

@@ -31,6 +31,8 @@ def balanced(layers: int, chunks: int, head: float) -> list[int]:
     equals the later chunks hold fewer layers: the first ranks wait for the last in every schedule, and the last
     chunk has the logits too.
     """
+    if chunks == 1:
+        return [layers]
     last = min(
         range(1, layers - chunks + 2),
         key=lambda n: (max(n + head, -(-(layers - n) // (chunks - 1))), -n),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +68,8 @@ def lr_of(step: int) -> float:
     return LR * min(1.0, (step + 1) / 5) * 0.97**step
 
 
-def sequences_in(step: int) -> int:
-    """The number of microbatches changes from step to step, as in a batch ramp."""
-    return 8 if step % 4 == 3 else 4
+SEQUENCES = (4, 4, 4, 8)
+"""Sequences of every step, over and over: the number of microbatches changes, as in a batch ramp."""
 
 
 def sample(number: int) -> Batch:
@@ -88,20 +87,24 @@ def sample(number: int) -> Batch:
     )
 
 
-def microbatches(step: int, mesh: Mesh | None = None) -> tuple[list[Batch], int]:
+def microbatches(
+    step: int, mesh: Mesh | None = None, sequences: Sequence[int] = SEQUENCES
+) -> tuple[list[Batch], int]:
     """This rank's microbatches of a step, and the counted tokens of all ranks."""
-    first = sum(sequences_in(s) for s in range(step))
-    numbers = range(first, first + sequences_in(step))
+    first = sum(sequences[s % len(sequences)] for s in range(step))
+    numbers = range(first, first + sequences[step % len(sequences)])
     counted = sum(sample(n).counted() for n in numbers)
     rank, size = (mesh.data_rank, mesh.data_size) if mesh else (0, 1)
     return [sample(n) for n in numbers[rank::size]], counted
 
 
-def train(engine: Engine, steps: range, mesh: Mesh | None = None) -> dict[str, list[float]]:
+def train(
+    engine: Engine, steps: range, mesh: Mesh | None = None, sequences: Sequence[int] = SEQUENCES
+) -> dict[str, list[float]]:
     """Losses and gradient norms of some steps."""
     losses, norms = [], []
     for step in steps:
-        batches, counted = microbatches(step, mesh)
+        batches, counted = microbatches(step, mesh, sequences)
         result = engine.train_step(batches, counted, lr_of(step))
         assert not result.skipped
         losses.append(result.loss)

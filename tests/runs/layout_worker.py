@@ -19,7 +19,7 @@ from bigtrain.engine import make_engine
 from bigtrain.grid import grid_of
 from bigtrain.mesh import Mesh, build_axes, rendezvous
 from tests.runs import planted
-from tests.runs.engine_parts import STEPS, gathered, make_config, make_model, microbatches, sample, train
+from tests.runs.engine_parts import STEPS, gathered, make_config, make_model, sample, train
 
 Case = dict[str, Any]
 
@@ -33,13 +33,14 @@ def run(case: Case, world: Mesh) -> Case:
         engine = make_engine(make_model(config, "meta"), config, mesh)
         found: Case = {"start": gathered(engine, mesh)}
         steps = case.get("steps", STEPS)
-        curves = train(engine, range(1), mesh)
+        sequences = case["sequences"]
+        curves = train(engine, range(1), mesh, sequences)
         found["first"] = gathered(engine, mesh)
-        for key, values in train(engine, range(1, steps), mesh).items():
+        for key, values in train(engine, range(1, steps), mesh, sequences).items():
             curves[key] += values
-        batches = [sample(n) for n in range(mesh.data_rank, 2 * mesh.data_size, mesh.data_size)]
+        batches = [sample(n) for n in range(mesh.data_rank, case["held_out"], mesh.data_size)]
         (found["nll"],) = mesh.sum([engine.evaluate(batches)])
-        found |= {"tensors": gathered(engine, mesh), "tokens": microbatches(0)[1], **curves}
+        found |= {"tensors": gathered(engine, mesh), **curves}
         # Replicas that drift apart would go unseen where only one of them is saved.
         found["apart"] = apart(engine, mesh)
         engine.close()
