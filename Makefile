@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+PARITY_ARGS ?=
 
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test check parity clean
 help:
 	@echo "make quickstart   train a small model on this Python's own source text, about 5 minutes on 2 cores"
 	@echo "make test         run the whole test suite (no GPU needed)"
 	@echo "make check        ruff, mypy, import-linter"
+	@echo "make parity       every layout of the grid against one process, 20 steps each (about 1.5 hours on 2 cores)"
 	@echo "make clean        remove the virtual environment and caches"
 
 # The venv is rebuilt when dependencies change; .installed and .installed-dev mark what it holds.
@@ -38,6 +40,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+parity: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.runs.parity_grid $(PARITY_ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -39,10 +39,11 @@ def run_world(
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
     check: bool = True,
+    grace: float = 2.0,
 ) -> list[Finished]:
     """Run `python *arguments` in `world` processes with torchrun's variables; their outcome in rank order.
 
-    When a rank fails, the others get two seconds before they are stopped: gloo would let them wait for
+    When a rank fails, the others get `grace` seconds before they are stopped: gloo would let them wait for
     minutes. Each process has one thread. check: AssertionError with the output of all ranks unless all end
     with 0 within `timeout` seconds.
 
@@ -77,7 +78,7 @@ def run_world(
             for rank, (out, err) in enumerate(outputs)
         ]
         try:
-            wait_for_all(processes, timeout)
+            wait_for_all(processes, timeout, grace)
         finally:
             stopped = [stop(p) for p in processes]
         finished = [
@@ -101,15 +102,15 @@ def read(output: IO[str]) -> str:
         return output.read()
 
 
-def wait_for_all(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> None:
-    """Until all have ended, or two seconds after the first failure, or until time is up."""
+def wait_for_all(processes: Sequence[subprocess.Popen[bytes]], timeout: float, grace: float) -> None:
+    """Until all have ended, or `grace` seconds after the first failure, or until time is up."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         codes = [p.poll() for p in processes]
         if all(code is not None for code in codes):
             return
         if any(code not in (None, 0) for code in codes):
-            deadline = min(deadline, time.monotonic() + 2.0)
+            deadline, grace = min(deadline, time.monotonic() + grace), float("inf")
         time.sleep(0.02)
 
 
