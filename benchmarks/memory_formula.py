@@ -32,19 +32,20 @@ def predicted(case: dict[str, Any], rank: int) -> tuple[float, float]:
 def states(P: float, zero: int, n: int) -> tuple[float, float, float]:
     """Bytes that stay; gradients, buckets and gathered weights on top; copies while gradients travel.
 
-    The copies grow as activations go, so the larger of the two counts. n replicas. A bucket is as large as the
-    model up to 25 MB (zero 0: several in flight) or 400 MB (DeepSpeed), so all of these small ones.
+    The copies grow as activations go, so the larger of the two counts. n replicas. A bucket has 25 MB (zero 0:
+    several in flight) or an eighth of the model (DeepSpeed, up to 400 MB). At zero 2 the copies are at most the
+    weights: a gradient larger than the bucket travels alone, beside a flattened copy.
     """
     weights = P * E
     if zero == 0:
         return 3 * weights, weights, weights if n > 1 else 0.0
     if zero == 1:
-        return weights + 3 * weights / n, 2 * weights, 0.0
+        return weights + 3 * weights / n, weights + weights / 8, 0.0
     if zero == 2:
-        return weights + 3 * weights / n, weights / n + weights, weights
+        return weights + 3 * weights / n, weights / n + weights / 8, weights
     # DeepSpeed keeps the partition of the gradients and the bucket from step to step, and gathered weights up to
     # 1e9 elements (stage3_max_live_parameters), so all of them here.
-    return 5 * weights / n + weights, weights, weights
+    return 5 * weights / n + weights / 8, weights, weights
 
 
 def activations(case: dict[str, Any], stage: int) -> float:

@@ -29,6 +29,10 @@ E = 4
 """Bytes of an element: these worlds compute in fp32. Planner formulas are written for 2."""
 
 
+UNCOUNTED = 1_000_000
+"""Calls that no formula tells: only bytes are compared."""
+
+
 class Sent(NamedTuple):
     """One collective, or one kind of it in a formula."""
 
@@ -236,11 +240,12 @@ def _gradients(config: Config, mesh: Mesh, model: Mapping[str, Any], m: int) -> 
     sent = 2 * ring * (16 if level == 3 else 8)
     yield Sent("replica", "all-reduce", sent, 2, "DeepSpeed: gradient norm, overflow flag", sent)
     if level < 3:
-        # Once a step (1) or a microbatch (2). stage_1_and_2.py, allreduce_and_scatter: all-reduce of the bucket,
-        # then each rank copies its part out.
+        # Once a step (1) or a microbatch (2: its memory is the reason). One reduce a bucket and owner, which
+        # together send what a reduce-scatter does; how many there are depends on how buckets fall on parts.
         times = 1 if level == 1 else m
-        why = "gradients: DeepSpeed all-reduces (use_multi_rank_bucket_allreduce), a reduce-scatter would do"
-        yield Sent("replica", "all-reduce", times * 2 * ring * weights, times, why, times * ring * weights)
+        yield Sent(
+            "replica", "reduce", times * ring * weights, UNCOUNTED, "gradients, each part to its owner"
+        )
         groups = len({dims >= 2 for dims in model["dims"]})
         yield Sent(
             "replica", "all-gather", ring * weights, groups, "updated weights, one call a parameter group"
@@ -254,4 +259,4 @@ def _gradients(config: Config, mesh: Mesh, model: Mapping[str, Any], m: int) -> 
     yield Sent(
         "replica", "all-gather", sent, len(small), "updated weights below 10,000 elements, kept whole", sent
     )
-    yield Sent("replica", "reduce-scatter", m * ring * weights, m, "gradients, every microbatch")
+    yield Sent("replica", "reduce-scatter", m * ring * weights, UNCOUNTED, "gradients, every microbatch")

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from bigtrain.errors import RunError
 from bigtrain.grid import AXES, Grid
+from bigtrain.lastwords import lost_connection
 from bigtrain.place import Place, discover, fill_environment
-from bigtrain.rollcall import lost_connection, roll_call
+from bigtrain.rollcall import roll_call
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from bigtrain.errors import BigtrainError, RunError, UserError
@@ -38,7 +37,7 @@ _LISTED = 10
 """Ranks, or ranges of them, that a message names before it only counts."""
 _KEYS = 5
 """Differing keys of a config that a message shows."""
-_GRACE = 1.0
+GRACE = 1.0
 """Seconds from the first difference to the verdict, so that other ranks' differences are in it too."""
 _LINGER = 3.0
 """Seconds that rank 0 stays at most, when its end is the store's, for the others to hear a bad verdict."""
@@ -71,11 +70,11 @@ def _meet(
     # Rank 0 may come one timeout after this one, and give its verdict one later.
     patience = 2 * timeout.total_seconds() + 2 * _LINGER
     try:
-        verdict = _within(patience, here.call if place.rank == 0 else here.answer)
+        verdict = within(patience, here.call if place.rank == 0 else here.answer)
     except TimeoutError as e:
         raise RunError(f"the store stopped answering for {patience:g} s", where=_address(), do=_LOOK) from e
     except RuntimeError as e:  # torch's DistNetworkError and DistStoreError among them
-        raise RunError(f"{_host()} ended while the ranks met", where=_address(), do=_LOOK) from e
+        raise RunError(f"{store_host()} ended while the ranks met", where=_address(), do=_LOOK) from e
     if verdict["kind"]:
         kind = UserError if verdict["kind"] == "UserError" else RunError
         raise kind(verdict["what"], where=verdict["where"], do=verdict["do"])
@@ -115,7 +114,7 @@ class Roll:
         self.store.set("roll/facts", json.dumps(dict(self.facts)))
         verdict = self.trouble or self.judge()
         self.store.set("roll/verdict", json.dumps(verdict))
-        if verdict["kind"] and not _agent_hosts():
+        if verdict["kind"] and not agent_hosts():
             self.until(lambda: self.store.add("roll/read", 0) >= self.world - 1, _LINGER)
         return verdict
 
@@ -127,7 +126,7 @@ class Roll:
         """Wait for the others, and compare what they answered."""
         deadline = time.monotonic() + self.seconds
         self.until(lambda: self.all_came() or self.store.queue_len("roll/odd") > 0, self.seconds)
-        self.until(self.all_came, min(_GRACE, deadline - time.monotonic()))
+        self.until(self.all_came, min(GRACE, deadline - time.monotonic()))
         missing = []
         if not self.all_came():
             missing = [r for r in range(1, self.world) if not self.store.check([f"roll/here/{r}"])]
@@ -264,14 +263,14 @@ def _ranks(ranks: Sequence[int]) -> str:
 # ---- the store
 
 
-def _agent_hosts() -> bool:
+def agent_hosts() -> bool:
     """Whether torchrun's agent holds the store, so that it outlives rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _host() -> str:
+def store_host() -> str:
     """Whose end is the store's end."""
-    return "torchrun's agent" if _agent_hosts() else "rank 0"
+    return "torchrun's agent" if agent_hosts() else "rank 0"
 
 
 def _address() -> str:
@@ -284,7 +283,7 @@ def _connect(place: Place, timeout: timedelta) -> Store:
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"MASTER_PORT={port} is no port", do="set it to a number from 1024 to 65535")
-    hosts = place.rank == 0 and not _agent_hosts()
+    hosts = place.rank == 0 and not agent_hosts()
     if not hosts:
         _knock(host, int(port), timeout.total_seconds())
     try:
@@ -346,7 +345,7 @@ def _knock(host: str, port: int, seconds: float) -> None:
         pause = min(2 * pause, 1.0)
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
+def within(seconds: float, work: Callable[[], T]) -> T:
     """`work()` in a thread that is left behind when it hangs. Raises TimeoutError, or what it raised."""
     result: Future[T] = Future()
 
@@ -376,96 +375,3 @@ def code_digest() -> str:
                 digest.update(f"{package}/{file.relative_to(folder).as_posix()} {len(content)}\n".encode())
                 digest.update(content)
     return digest.hexdigest()
-
-
-# ---- last words
-
-
-def leave_word(store: Store, rank: int, message: str) -> None:
-    """Tell the others why this rank fails, before its connections close. The first rank counts. Never raises."""
-    word = json.dumps({"rank": rank, "message": message})
-    try:
-        if _alive(store):
-            _within(2.0, lambda: store.compare_set("roll/word", "", word))
-    except Exception:
-        return  # the others are left without a word; the error that brought us here matters more
-
-
-def last_words(store: Store) -> str:
-    """ "rank 3: why", of the first rank that failed; "" when none left a word or the store is gone. <= 2 s."""
-    return _word(store) or ""
-
-
-def _word(store: Store) -> str | None:
-    """As last_words, but None when the store is gone."""
-
-    def look() -> str:
-        for pause in (0.0, 0.1, 0.3, 0.6):
-            time.sleep(pause)
-            if store.check(["roll/word"]):
-                word = json.loads(store.get("roll/word"))
-                return f"rank {word['rank']}: {word['message']}"
-        return ""
-
-    try:
-        return _within(1.5, look) if _alive(store) else None
-    except Exception:
-        return None
-
-
-def _alive(store: Store) -> bool:
-    """Whether something still listens where the store was; a request to one that is gone prints a C++ stack."""
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, TCPStore):
-        return True
-    try:
-        socket.create_connection((store.host, store.port), timeout=0.5).close()
-        return True
-    except OSError:
-        return False
-
-
-# What gloo and NCCL say when a peer has gone or does not answer, and NCCL's names for what this rank did wrong.
-_GONE = re.compile(
-    "closed by peer|reset by peer|Broken pipe|Connection refused|Socket closed|Timed out waiting|"
-    "Application timeout caused pair closure|NCCL|nccl"
-)
-_OURS = re.compile("ncclUnhandledCudaError|ncclInvalid|out of memory")
-
-
-def lost_connection(error: BaseException, store: Store, rank: int) -> RunError | None:
-    """What a torch error means when it means that another rank has gone or hangs; None for any other error.
-
-    Names the first rank that failed and its words, if it left any.
-    """
-    text = str(error)
-    lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)) or (
-        isinstance(error, RuntimeError) and _GONE.search(text)
-    )
-    if not lost or _OURS.search(text):
-        return None
-    word = _word(store)
-    if word is not None and rank == 0 and not _agent_hosts():
-        time.sleep(_GRACE)  # the store ends with this process, and the others are about to read the same
-    if word:
-        return RunError(
-            f"stopped because of {word}", where=f"rank {rank}", do="mend that rank's error and start again"
-        )
-    if word is None:
-        what = f"lost the other ranks, and {_host()} with the store is gone"
-    elif "imed out" in text or "timeout" in text:
-        what = "another rank does not answer: it hangs, or ended without a word"
-    else:
-        what = "another rank ended without a word"
-    return RunError(
-        f"{what} ({_excerpt(text)})",
-        where=f"rank {rank}",
-        do="see the launcher's output and RUN/logs; a rank that was killed, by out of memory too, leaves no word",
-    )
-
-
-def _excerpt(text: str) -> str:
-    """The first sentence of a torch error, without its source file and its emoji."""
-    line = re.sub(r"^\[[^\]]*\.(cc|cpp|h):\d+\]\s*", "", text.strip()).partition("\n")[0]
-    return line.partition(" This is typically")[0].rstrip(".")[:200]

@@ -22,6 +22,7 @@ from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.engine import Engine, make_engine
 from bigtrain.errors import BigtrainError
 from bigtrain.grid import grid_of
+from bigtrain.lastwords import leave_word, lost_connection
 from bigtrain.mesh import Mesh, rendezvous
 from bigtrain.model.batch import Batch
 from bigtrain.model.build import build_model
@@ -29,7 +30,7 @@ from bigtrain.optim import learning_rate
 from bigtrain.place import discover
 from bigtrain.plan.scaling import peak_learning_rate
 from bigtrain.recorder import Recorder
-from bigtrain.rollcall import code_digest, leave_word, lost_connection
+from bigtrain.rollcall import code_digest
 from bigtrain.rundir import RunDir
 from bigtrain.signals import StopFlag
 from bigtrain.sinks import check_sinks
@@ -146,7 +147,8 @@ def join(config: Config) -> Mesh:
     """Meet the other ranks on the grid that the layout asks for.
 
     Raises UserError on every rank, before they meet, when the layout does not fit their number, and when they
-    were started with another config or other code.
+    were started with another config or other code; RunError naming the ranks that did not come within
+    BIGTRAIN_MEET_MINUTES.
     """
     place = discover()
     grid = grid_of(config, place.world)

@@ -19,16 +19,9 @@ import torch.distributed as dist
 
 from bigtrain import rollcall
 from bigtrain.errors import BigtrainError, RunError, UserError
+from bigtrain.lastwords import last_words, leave_word, lost_connection
 from bigtrain.place import Place
-from bigtrain.rollcall import (
-    code_digest,
-    difference,
-    excuse,
-    last_words,
-    leave_word,
-    lost_connection,
-    roll_call,
-)
+from bigtrain.rollcall import code_digest, difference, excuse, roll_call
 from tests.runs.worlds import run_world
 
 pytestmark = pytest.mark.timeout(60)
@@ -310,7 +303,8 @@ import os, signal, sys, time, json
 from datetime import timedelta
 import torch, torch.distributed as dist
 from bigtrain.place import discover, fill_environment
-from bigtrain.rollcall import leave_word, lost_connection, roll_call
+from bigtrain.lastwords import leave_word, lost_connection
+from bigtrain.rollcall import roll_call
 place = discover()
 fill_environment(place)
 store = roll_call(place, {"code": "same"}, timedelta(seconds=30))

@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make the head the embedding matrix if the config says so; again after `to_empty`."""
+        """Make the head the embedding matrix if the config says so."""
         if self.config.tied and self.lm_head is not None and self.embed_tokens is not None:
             self.lm_head.weight = self.embed_tokens.weight
 

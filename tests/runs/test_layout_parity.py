@@ -54,6 +54,7 @@ TWO = [
     special("uneven-v", layout={"pipeline": 2, "schedule": "zbv", "chunks": 2, "split": [0, 2, 1, 1]}),
     special("masked-context", layout={"context": 2}, model={"objective": "masked"}),
     special("masked-tensor", layout={"tensor": 2}, model={"objective": "masked", "tied": False}),
+    special("masked-data", layout={"zero": 2}, model={"objective": "masked"}),
     special("reference-kernels", layout={"context": 2, "kernels": "reference"}),
     special("reference-kernels-t", layout={"tensor": 2, "kernels": "reference", "zero": 0}),
     special("offload", layout={"tensor": 2, "offload": "optimizer"}),
