@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.cli import main
 from bigtrain.config import Config
 from bigtrain.configfile import find_config, load
 from bigtrain.errors import UserError
@@ -99,3 +100,23 @@ def test_without_a_pipeline_there_is_nothing_to_draw() -> None:
 def test_matplotlib_is_imported_when_drawing_only() -> None:
     program = "import sys, bigtrain.timeline\nassert not {'matplotlib', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_inspect_draws_the_schedule_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "picture.png"
+    layout = ["--set", "layout.pipeline=4", "--set", "layout.schedule=zbv", "--set", "layout.chunks=2"]
+    assert main(["inspect", "llama-1b", "--schedule", *layout, "--out", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
+    assert "zbv: p = 4" in said
+    assert "rank 3 |" in said
+    assert "drawn with 16 microbatches; a step has" in said
+    assert main(["inspect", "llama-1b", "--schedule"]) == 2
+    assert "layout.pipeline" in capsys.readouterr().err
+
+
+def test_inspect_explains_the_layout_of_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "llama-8b", "--set", "layout.pipeline=4", "--set", "layout.tensor=8"]) == 0
+    said = capsys.readouterr().out
+    assert "pipeline 4 x tensor 8: 32 ranks" in said
+    assert "layers a piece: 9, 9, 8, 6" in said
