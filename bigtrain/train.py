@@ -20,7 +20,7 @@ from bigtrain.data.corpus import Corpus, verify
 from bigtrain.data.loader import Loader
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.engine import Engine, make_engine
-from bigtrain.errors import BigtrainError
+from bigtrain.errors import BigtrainError, UserError
 from bigtrain.grid import grid_of
 from bigtrain.lastwords import leave_word, lost_connection
 from bigtrain.mesh import Mesh, rendezvous
@@ -153,8 +153,21 @@ def join(config: Config) -> Mesh:
     place = discover()
     grid = grid_of(config, place.world)
     facts = {"config": render(config), "code": code_digest(), "torch": str(torch.__version__)}
-    minutes = float(os.environ.get("BIGTRAIN_MEET_MINUTES", "10"))
-    return rendezvous(grid, place=place, facts=facts, timeout_minutes=minutes)
+    return rendezvous(grid, place=place, facts=facts, timeout_minutes=_meet_minutes())
+
+
+def _meet_minutes() -> float:
+    """BIGTRAIN_MEET_MINUTES, 10 when it is not set. Raises UserError unless it is above 0 and a week at most."""
+    given = os.environ.get("BIGTRAIN_MEET_MINUTES", "10")
+    # torch counts milliseconds in 32 bits: 24 days and more overflow.
+    with contextlib.suppress(ValueError):
+        if 0 < (minutes := float(given)) <= 10_080:
+            return minutes
+    raise UserError(
+        f"{given!r} is no number of minutes above 0 and up to 10080 (a week)",
+        where="BIGTRAIN_MEET_MINUTES",
+        do="set it to how long the ranks may wait for each other at the start, or unset it for 10 minutes",
+    )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from bigtrain.configfile import find_config, load
+from bigtrain.errors import UserError
+from bigtrain.train import join
 from tests.runs.conftest import Tiny, losses_of, steps_of
 from tests.runs.test_train import weights_of
 from tests.runs.worlds import ROOT, Finished, run_world
@@ -214,6 +217,16 @@ def test_what_cannot_work_is_refused_on_every_rank(
         assert all(word in rank.stderr for word in words), rank.stderr
     assert len({r.stderr.partition("bigtrain train: ")[2] for r in ranks}) == 1, "all in the same words"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("minutes", ["soon", "nan", "0", "1e30"])
+def test_a_time_to_meet_that_is_none_is_refused(minutes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(find_config("quickstart"), [])
+    monkeypatch.setenv("BIGTRAIN_MEET_MINUTES", minutes)
+    with pytest.raises(
+        UserError, match=rf"BIGTRAIN_MEET_MINUTES: '{minutes}' is no number of minutes above 0"
+    ):
+        join(config)
 
 
 # ---- ranks that differ or die
