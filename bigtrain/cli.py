@@ -77,16 +77,13 @@ examples:
     p.set_defaults(run_verb=_prepare)
 
 
+def _set_argument(p: argparse.ArgumentParser, meaning: str) -> None:
+    p.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=meaning)
+
+
 def _config_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("config", metavar="CONFIG", help="a TOML file, or a shipped config by name (quickstart)")
-    p.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change one key: --set optim.lr=1e-3 (repeatable)",
-    )
+    _set_argument(p, "change one key: --set optim.lr=1e-3 (repeatable)")
 
 
 def _add_train(verbs: Verbs) -> None:
@@ -182,14 +179,7 @@ examples:
     )
     p.add_argument("--ranks", type=int, help="with --schedule: ranks of the run (default: data = 1)")
     p.add_argument("--out", help="with --schedule: the picture (default NAME-schedule.png)")
-    p.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of a config: change one key",
-    )
+    _set_argument(p, "of a config: change one key")
     p.set_defaults(run_verb=_inspect)
 
 
@@ -203,9 +193,7 @@ def _add_quickstart(verbs: Verbs) -> None:
     )
     p.add_argument("--out", default="runs/quickstart", help="run directory (default runs/quickstart)")
     p.add_argument("--data", default="data/quickstart", help="dataset folder (default data/quickstart)")
-    p.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="as for train"
-    )
+    _set_argument(p, "as for train")
     p.set_defaults(run_verb=_quickstart)
 
 

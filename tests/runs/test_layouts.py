@@ -15,6 +15,7 @@ from bigtrain.configfile import find_config, load
 from bigtrain.errors import UserError
 from bigtrain.train import join
 from tests.runs.conftest import Tiny, losses_of, steps_of
+from tests.runs.parity import worst
 from tests.runs.test_train import weights_of
 from tests.runs.worlds import ROOT, Finished, run_world
 
@@ -24,11 +25,6 @@ FP32 = 1e-5
 SHORT = ("train.steps=12", "checkpoint.every_steps=3", "checkpoint.keep_last=4", "train.eval_every=6")
 ZBV = ("layout.pipeline=2", "layout.schedule=zbv", "layout.chunks=2")
 CORNER = ("layout.tensor=2", "layout.pipeline=2", "layout.zero=1")
-
-
-def worst(one: list[float], two: list[float]) -> float:
-    """Largest relative difference of two curves."""
-    return max(abs(a - b) / abs(b) for a, b in zip(one, two, strict=True))
 
 
 def assert_the_same_run(run: Path, expected: Path) -> None:

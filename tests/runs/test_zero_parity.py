@@ -27,6 +27,7 @@ from tests.runs.engine_parts import (
     sample,
     train,
 )
+from tests.runs.parity import worst
 from tests.runs.worlds import run_world
 
 pytestmark = pytest.mark.runs
@@ -141,11 +142,6 @@ def reference(steps: int, skipped: int | None = None, **config: Any) -> Case:
     found["tensors"] = assemble(local_boxes(engine))
     found["eval"] = [engine.evaluate([sample(n)]) for n in range(4)]
     return found
-
-
-def worst(one: list[float], two: list[float]) -> float:
-    """Largest relative difference of two curves."""
-    return max(abs(a - b) / abs(b) for a, b in zip(one, two, strict=True))
 
 
 def movement_error(found: Case, expected: Case) -> float:
