@@ -43,9 +43,10 @@ def states(P: float, zero: int, n: int) -> tuple[float, float, float]:
         return weights + 3 * weights / n, weights + weights / 8, 0.0
     if zero == 2:
         return weights + 3 * weights / n, weights / n + weights / 8, weights
-    # DeepSpeed keeps the partition of the gradients and the bucket from step to step, and gathered weights up to
-    # 1e9 elements (stage3_max_live_parameters), so all of them here.
-    return 5 * weights / n + weights / 8, weights, weights
+    # DeepSpeed keeps the partition of the gradients and the bucket from step to step. Gathered weights: a quarter of
+    # them, and an eighth that is read ahead beside the pieces it is put together from. A bucket is copied for its
+    # reduce-scatter, and one more fills meanwhile.
+    return 5 * weights / n + weights / 8, 3 * weights / 8, 3 * weights / 8
 
 
 def activations(case: dict[str, Any], stage: int) -> float:

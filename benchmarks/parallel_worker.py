@@ -102,6 +102,7 @@ def communication(case: Case, mesh: Mesh) -> Case:
             "bytes": found.get((axis, op), (0, 0.0))[1],
             "formula_calls": told(formula.get((axis, op), (0, 0.0))[0], found.get((axis, op), (0, 0.0))[0]),
             "formula_bytes": formula.get((axis, op), (0, 0.0))[1],
+            "fewer_at_most": sum(t.fewer for t in terms if (t.axis, t.op) == (axis, op)),
         }
         for axis, op in sorted({*found, *formula})
     ]

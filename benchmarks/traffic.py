@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigtrain.config import Config
-from bigtrain.engine.zero import PERSISTENT_ELEMENTS
+from bigtrain.engine.zero import PERSISTENT_ELEMENTS, PREFETCH_ELEMENTS
 from bigtrain.logical import logical_of
 from bigtrain.mesh import Mesh
 from bigtrain.model.loss import CHUNK_CPU, CHUNK_TOKENS
@@ -43,6 +43,8 @@ class Sent(NamedTuple):
     why: str = ""
     beyond: float = 0.0
     """How many of the bytes are beyond (below: negative) the planner's formula, and `why` is the reason."""
+    fewer: float = 0.0
+    """How many bytes fewer there may be, where DeepSpeed decides as it goes."""
 
 
 class Counter(TorchDispatchMode):
@@ -253,8 +255,17 @@ def _gradients(config: Config, mesh: Mesh, model: Mapping[str, Any], m: int) -> 
         return
     small = [size for size in model["elements"] if size < PERSISTENT_ELEMENTS]
     cut = weights - sum(small) * E
-    why = "weights, in one prefetch a microbatch: DeepSpeed keeps up to 1e9 elements until after backward"
-    yield Sent("replica", "all-gather", m * ring * cut, m, why, -m * ring * (2 * weights - cut))
+    why = "weights, for forward and for backward; those that are read ahead for both are gathered once"
+    window = 2 * min(PREFETCH_ELEMENTS, sum(model["elements"]) // 8) + max(model["elements"])
+    yield Sent(
+        "replica",
+        "all-gather",
+        m * ring * 2 * cut,
+        UNCOUNTED,
+        why,
+        -m * ring * 2 * (weights - cut),
+        m * ring * min(window * E, cut),
+    )
     sent = ring * sum(small) * E
     yield Sent(
         "replica", "all-gather", sent, len(small), "updated weights below 10,000 elements, kept whole", sent

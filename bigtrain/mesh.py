@@ -14,11 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bigtrain.errors import RunError
+from bigtrain.errors import RunError, UserError
 from bigtrain.grid import AXES, Grid
 from bigtrain.lastwords import lost_connection
 from bigtrain.place import Place, discover, fill_environment
-from bigtrain.rollcall import roll_call
+from bigtrain.rollcall import excuse, roll_call
+
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits in a collective for the others (NCCL's default is 10 minutes, gloo's 30): one of them may
+save a checkpoint, or verify a corpus, meanwhile. A rank that died is noticed at once, by its connection."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,23 @@ def build_axes(grid: Grid, rank: int) -> dict[str, Axis]:
     return axes
 
 
+def choose_device(place: Place) -> torch.device:
+    """This rank's own GPU; the CPU where there is none. Raises UserError when ranks would have to share GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # One GPU is this rank's own where the launcher shows each rank one (SLURM's --gpus-per-task).
+    if 1 < count < place.local_world:
+        raise UserError(
+            f"{place.local_world} ranks were started on this machine, which has {count} GPUs that they may use",
+            where="CUDA_VISIBLE_DEVICES",
+            do="start one rank a GPU, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU",
+        )
+    device = torch.device("cuda", place.local_rank % count)
+    torch.cuda.set_device(device)
+    return device
+
+
 def rendezvous(
     grid: Grid | None = None,
     *,
@@ -196,21 +218,22 @@ def rendezvous(
     """Find this process's place, choose its device, join the others, make the groups of `grid`.
 
     Without a grid all ranks lie on the data axis. `facts` must be equal on all ranks: what each is about to do
-    (its config, its code). Raises UserError when they are not, RunError naming the ranks that did not come
-    within `timeout_minutes`.
+    (its config, its code); whether it has a GPU is one more. Raises UserError when they are not, or when some rank
+    cannot have a device of its own; RunError naming the ranks that did not come within `timeout_minutes`.
     """
     place = place or discover()
     grid = grid or Grid(data=place.world)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
     if place.world == 1:
-        return Mesh(place, device)
+        return Mesh(place, choose_device(place))
     assert grid.world == place.world, f"a grid of {grid} for {place.world} ranks"
     fill_environment(place)
     timeout = timedelta(minutes=timeout_minutes)
-    store = roll_call(place, facts or {}, timeout)
+    try:
+        device = choose_device(place)
+    except UserError as e:
+        excuse(place, e, timeout)
+        raise
+    store = roll_call(place, {**(facts or {}), "device": device.type}, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -224,4 +247,6 @@ def rendezvous(
             do="check that the machines reach each other on the network that GLOO_SOCKET_IFNAME or "
             "NCCL_SOCKET_IFNAME names",
         ) from e
+    for group in {dist.group.WORLD, *(axis.group for axis in axes.values() if axis.group)}:
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
     return Mesh(place, device, dist.group.WORLD, grid, axes, store)

@@ -87,6 +87,7 @@ _ALIKE = {
     "world": "start all ranks by one launcher: they were told different world sizes",
     "code": "install the same version of bigtrain on every machine",
     "torch": "install the same version of torch on every machine",
+    "device": "run nvidia-smi on the machine without a working GPU: drain or repair it, or leave it out",
 }
 """What to do about a fact that differs; for all others, the same command."""
 

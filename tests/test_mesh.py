@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from bigtrain.errors import UserError
-from bigtrain.mesh import rendezvous
+from bigtrain.mesh import choose_device, rendezvous
 from bigtrain.place import Place, discover
 
 
@@ -61,3 +62,26 @@ def test_a_single_process_needs_no_group() -> None:
     assert mesh.gather("x") == ["x"]
     mesh.barrier()
     mesh.close()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local_world", "chosen"), [(8, 8, "cuda:5"), (8, 6, "cuda:5"), (1, 8, "cuda:0")]
+)
+def test_each_rank_has_a_gpu_of_its_own(
+    gpus: int, local_world: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(gpus, monkeypatch)
+    assert str(choose_device(Place(13, 16, 5, local_world, "slurm"))) == chosen
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(4, monkeypatch)
+    with pytest.raises(UserError, match=r"8 ranks were started on this machine, which has 4 GPUs"):
+        choose_device(Place(13, 16, 5, 8, "slurm"))
+
+
+def pretend(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch say that it has so many GPUs: this machine has none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)

@@ -38,6 +38,9 @@ PERSISTENT_ELEMENTS = 10_000
 BUCKET_ELEMENTS = 100_000_000
 """Gradients are reduced in buckets of this size: a buffer of 400 MB in fp32 (DeepSpeed's default: 2 GB)."""
 
+LIVE_ELEMENTS, PREFETCH_ELEMENTS = 1_000_000_000, 50_000_000
+"""ZeRO-3 holds and reads ahead at most so many gathered elements (DeepSpeed's defaults)."""
+
 
 class ZeroEngine:
     """DeepSpeed's engine behind the `Engine` protocol."""
@@ -318,7 +321,12 @@ def deepspeed_config(config: Config, elements: int, *, pipeline: bool) -> dict[s
             "stage": sharding_level(config, pipeline),
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
             # An eighth of a small model: one bucket for all would be a second set of gradients, and overlap nothing.
-            "reduce_bucket_size": min(BUCKET_ELEMENTS, elements, max(elements // 8, 1 << 20)),
+            "reduce_bucket_size": min(BUCKET_ELEMENTS, max(elements // 8, 1)),
+            # Its defaults keep up to 1e9 gathered elements, all of a smaller model: ZeRO-3 would save nothing over
+            # ZeRO-2. Gathered again in backward, a quarter of the model at a time, the next ones meanwhile.
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": min(LIVE_ELEMENTS, elements // 4),
+            "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, elements // 8),
             # Its default sums every bucket on all ranks, twice the bytes of sending each part to its owner.
             "use_multi_rank_bucket_allreduce": False,
         },

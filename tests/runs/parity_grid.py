@@ -1,7 +1,8 @@
 """`make parity`: every legal layout of the grid against the single process, 20 steps each, as one table.
 
-python -m tests.runs.parity_grid [--minutes M] [--out FILE]. The cases that cover every pair of settings come first, so
-that a run that is cut short still says something about all of them. Exit code 1 when some layout differs.
+python -m tests.runs.parity_grid [--minutes M] [--out FILE] [--go-on]. The cases that cover every pair of settings come
+first, so that a run that is cut short still says something about all of them; --go-on keeps what the table holds and
+runs the rest. Exit code 1 when some layout differs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Container
 from datetime import date
 from pathlib import Path
 
@@ -21,16 +23,17 @@ from tests.runs.engine_parts import STEPS
 from tests.runs.layout_cases import Case, grid, name_of, pairwise, run_of
 from tests.runs.parity import BOUNDS, differences, excess, reference, run_cases
 
-AT_ONCE = {2: 24, 4: 12, 8: 6}
-"""Cases in one world: start-up takes as long as two or three of them."""
+AT_ONCE = {2: 25, 4: 25, 8: 15}
+"""Cases in one world: start-up takes as long as two or three of them; a table is written after each world."""
 
 
-def batches() -> list[list[Case]]:
-    """Cases of equal world size, AT_ONCE together, the covering ones first."""
+def batches(done: Container[str]) -> list[list[Case]]:
+    """Cases of equal world size that are not done, AT_ONCE together, the covering ones first."""
     every = grid()
     first = pairwise(every)
     found = []
     for cases in (first, [c for c in every if c not in first]):
+        cases = [c for c in cases if name_of(c) not in done]
         for world, count in AT_ONCE.items():
             same = [c for c in cases if c["world"] == world]
             found += [same[i : i + count] for i in range(0, len(same), count)]
@@ -43,10 +46,14 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="begin nothing after this time (0: run all)"
     )
-    parser.add_argument("--out", default="benchmarks/results/parity.json")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity.json"))
+    parser.add_argument(
+        "--go-on", action="store_true", help="keep the rows of --out (of the same code, as far as you know)"
+    )
     options = parser.parse_args()
-    began, table, failed = time.monotonic(), [], 0
-    for cases in batches():
+    began = time.monotonic()
+    table = json.loads(options.out.read_text())["layouts"] if options.go_on else []
+    for cases in batches({row["name"] for row in table}):
         if options.minutes and time.monotonic() - began > 60 * options.minutes:
             break
         runs = [run_of(c, steps=STEPS) for c in cases]
@@ -55,13 +62,14 @@ def main() -> int:
         for c, run in zip(cases, runs, strict=True):
             errors = differences(found[run["name"]], reference(run))
             wrong = excess(errors)
-            failed += bool(wrong)
-            table.append({"name": name_of(c), **c, "errors": errors, "fails": sorted(wrong)})
+            rounded = {key: float(f"{value:.2g}") for key, value in errors.items()}
+            table.append({"name": name_of(c), "fails": sorted(wrong), **rounded})
             print(
                 f"{name_of(c):55s} loss {errors['loss']:.1e} norm {errors['norm']:.1e} {wrong or ''}",
                 flush=True,
             )
-        _write(Path(options.out), table, len(grid()))
+        _write(options.out, table, len(grid()))
+    failed = sum(bool(row["fails"]) for row in table)
     print(
         f"{len(table)} of {len(grid())} layouts, {failed} differ, {(time.monotonic() - began) / 60:.0f} minutes"
     )
@@ -69,7 +77,7 @@ def main() -> int:
 
 
 def _write(path: Path, table: list[Case], legal: int) -> None:
-    worst = {key: max(row["errors"][key] for row in table) for key in BOUNDS}
+    worst = {key: max(row[key] for row in table) for key in BOUNDS}
     path.write_text(
         json.dumps(
             {
@@ -82,11 +90,7 @@ def _write(path: Path, table: list[Case], legal: int) -> None:
                 "layouts_in_grid": legal,
                 "layouts_that_differ": sum(bool(row["fails"]) for row in table),
                 "worst": worst,
-                "layouts": [
-                    {"name": row["name"], "fails": row["fails"]}
-                    | {key: float(f"{value:.2g}") for key, value in row["errors"].items()}
-                    for row in table
-                ],
+                "layouts": table,
             },
             indent=1,
         )
