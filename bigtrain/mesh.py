@@ -20,7 +20,6 @@ from bigtrain.lastwords import lost_connection
 from bigtrain.place import Place, discover, fill_environment
 from bigtrain.rollcall import excuse, roll_call
 
-
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits in a collective for the others (NCCL's default is 10 minutes, gloo's 30): one of them may
 save a checkpoint, or verify a corpus, meanwhile. A rank that died is noticed at once, by its connection."""
