@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain.checkpoint import format, store, writer
+from bigtrain.checkpoint import commit, format, store, writer
 from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.describe import describe, tensor_lines
 from bigtrain.errors import RunError, UserError
@@ -167,13 +167,13 @@ def flip(path: Path, at: int) -> None:
 def three_files(root: Path, step: int) -> Path:
     """A checkpoint of three ranks, written by this process: one file a rank, then the commit."""
     final = root / format.step_name(step)
-    name, lock = store._begin(final, 0)
+    name, lock = commit.begin(final, 0)
     whole = tensors(step)
     files = [
         writer.write_file(root / name / f"rank_{r:05d}.bin", split(whole, r, 3), step=step, rank=r)
         for r in range(3)
     ]
-    store._commit(root / name, final, files, step, {"step": step})
+    commit.commit(root / name, final, files, step, {"step": step})
     os.close(lock)
     return final
 
@@ -292,7 +292,7 @@ def test_a_stale_draft_goes_and_a_living_one_stays(tmp_path: Path) -> None:
     (stale / "rank_00000.bin").write_bytes(b"x" * 100)
     living.mkdir()
     held = os.open(living, os.O_RDONLY)
-    assert not store._locked_by_others(held)
+    assert not commit._locked_by_others(held)
     save(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001.tmp-alive", "step_00000002"]
     os.close(held)

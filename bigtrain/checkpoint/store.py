@@ -7,41 +7,19 @@ reads.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
-import platform
-import re
-import secrets
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import bigtrain
 from bigtrain.checkpoint.agree import together
-from bigtrain.checkpoint.boxes import Box, coverage_problem
-from bigtrain.checkpoint.format import (
-    MANIFEST,
-    DamagedError,
-    Manifest,
-    StoredFile,
-    StoredTensor,
-    manifest_bytes,
-    read_index,
-    step_name,
-    step_of,
-    sync_folder,
-    write_synced,
-)
+from bigtrain.checkpoint.commit import begin, clear_stale, commit, move_aside
+from bigtrain.checkpoint.format import DamagedError, step_name, step_of
 from bigtrain.checkpoint.reader import load, load_weights, open_checkpoint, verify_checkpoint
-from bigtrain.checkpoint.writer import bytes_of, write_file, write_refused
+from bigtrain.checkpoint.writer import bytes_of, write_file
 from bigtrain.errors import RunError
 from bigtrain.logical import Piece
 from bigtrain.mesh import Mesh
@@ -70,125 +48,17 @@ def save(root: str | Path, step: int, pieces: Iterable[Piece], state: dict[str, 
     mine = list(pieces)
     needed = int(mesh.sum([bytes_of(mine)])[0])
     final = root / step_name(step)
-    name, lock = together(mesh, lambda: _begin(final, needed) if mesh.first else ("", -1))[0]
+    name, lock = together(mesh, lambda: begin(final, needed) if mesh.first else ("", -1))[0]
     draft = root / name
     try:
         path = draft / f"rank_{mesh.rank:05d}.bin"
         files = together(mesh, lambda: write_file(path, mine, step=step, rank=mesh.rank))
-        together(mesh, lambda: _commit(draft, final, files, step, state) if mesh.first else None)
+        together(mesh, lambda: commit(draft, final, files, step, state) if mesh.first else None)
     finally:
         if mesh.first:
             shutil.rmtree(draft, ignore_errors=True)  # still there only when the save failed
             os.close(lock)
     return final
-
-
-def _begin(final: Path, needed: int) -> tuple[str, int]:
-    """Clear stale drafts, check the space, make and lock this save's draft; returns its name and lock."""
-    root = final.parent
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _clear_stale(root)
-        space = os.statvfs(root)
-        if space.f_bavail * space.f_frsize < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        draft = root / f"{final.name}.tmp-{secrets.token_hex(4)}"
-        draft.mkdir()
-        lock = os.open(draft, os.O_RDONLY)
-    except OSError as e:
-        raise write_refused(e, final, needed) from e
-    _locked_by_others(lock)
-    return draft.name, lock
-
-
-def _clear_stale(root: Path) -> None:
-    """Remove what killed saves and prunes left: drafts that no living process holds locked."""
-    for path in root.iterdir():
-        if not re.fullmatch(r"step_\d{8,}\.tmp-.*", path.name):
-            continue
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError:  # gone already
-            continue
-        try:
-            if not _locked_by_others(fd):
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(fd)
-
-
-def _locked_by_others(fd: int) -> bool:
-    """Lock a draft unless another save holds it. A process's end, however violent, gives its lock back."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # some network file systems lock no folders; there is one run in a run directory anyway
-        return False
-    return False
-
-
-def _commit(draft: Path, final: Path, files: Sequence[StoredFile], step: int, state: dict[str, Any]) -> None:
-    """Check that the files make a whole, write the manifest, rename, sync."""
-    manifest = Manifest(
-        step=step,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={
-            "bigtrain": bigtrain.__version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-        state=state,
-        tensors=_whole_tensors(draft, files, step),
-        files=tuple(files),
-    )
-    content = manifest_bytes(manifest)
-    try:
-        write_synced(draft / MANIFEST, content)
-        sync_folder(draft)
-        former = _move_aside(final, "replaced") if final.exists() else None
-        try:
-            draft.rename(final)
-        except OSError:
-            if former is not None:
-                former.rename(final)
-            raise
-        sync_folder(final.parent)
-        _clear_stale(final.parent)
-    except OSError as e:
-        raise write_refused(e, draft / MANIFEST, len(content)) from e
-
-
-def _whole_tensors(draft: Path, files: Sequence[StoredFile], step: int) -> tuple[StoredTensor, ...]:
-    """The logical tensors in the files, each covered exactly once; RunError naming the first that is not."""
-    boxes: dict[StoredTensor, list[Box]] = defaultdict(list)
-    for file in files:
-        if not (draft / file.name).exists():
-            raise RunError(
-                "rank 0 does not see the file that this rank wrote",
-                where=f"rank {file.rank}, {draft / file.name}",
-                do="the run directory must lie on a file system that all machines share",
-            )
-        for stored in read_index(draft, file, step):
-            boxes[stored.tensor].append(stored.box)
-    keys: dict[tuple[str, str], StoredTensor] = {}
-    for tensor, found in boxes.items():
-        former = keys.setdefault((tensor.kind, tensor.name), tensor)
-        problem = coverage_problem(tensor.shape, found)
-        if former != tensor:
-            problem = f"ranks disagree: {former.dtype} {former.shape} and {tensor.dtype} {tensor.shape}"
-        if problem:
-            raise RunError(
-                f"{tensor.kind} of {tensor.name}: {problem}; nothing was saved",
-                where=str(draft),
-                do="this is a bug in the engine's pieces: please report it with the layout",
-            )
-    return tuple(boxes)
-
-
-def _move_aside(path: Path, why: str) -> Path:
-    """Turn a checkpoint into a stale draft in one go: a kill during its removal leaves no torn checkpoint."""
-    return path.rename(path.with_name(f"{path.name}.tmp-{why}-{secrets.token_hex(4)}"))
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
@@ -271,11 +141,11 @@ def prune(root: str | Path, keep_last: int, keep_every: int = 0) -> list[Path]:
             kept += not _outside_problems(path)
         elif not (keep_every and step % keep_every == 0):
             try:
-                _move_aside(path, "pruned")
+                move_aside(path, "pruned")
             except OSError as e:  # one rank must not die of this while the others train on
                 logging.getLogger(__name__).warning("%s stays: %s", path, e.strerror)
                 continue
             removed.append(path)
     if removed:
-        _clear_stale(Path(root))
+        clear_stale(Path(root))
     return removed
