@@ -97,14 +97,16 @@ def memory_cases() -> list[Case]:
 
 
 def throughput_cases(rounds: int) -> list[Case]:
-    """Every axis on two ranks."""
+    """Every kind of layout on two ranks."""
     layouts: list[dict[str, Any]] = [
-        {"zero": 0},
-        {"zero": 1},
+        *({"zero": level} for level in range(4)),
         {"tensor": 2, "sequence": False},
         {"tensor": 2},
+        {"pipeline": 2, "schedule": "gpipe"},
         {"pipeline": 2},
+        *({"pipeline": 2, "schedule": s, "chunks": 2} for s in ("interleaved", "interleaved-zb", "zbv")),
         {"context": 2},
+        {"context": 2, "context_by": "ulysses"},
     ]
     return [case(2, FAST, (1, 512, 4), **layout) | {"rounds": rounds, "steps": 1} for layout in layouts]
 
@@ -224,7 +226,7 @@ def throughput(cases: list[Case]) -> Case:
         c |= first
         ours, theirs = first["tokens_per_second"]["ours"], first["tokens_per_second"]["theirs"]
         print(
-            f"{c['name']:32} {first['ratio']:.3f} (rounds {min(first['ratios']):.3f} to "
+            f"{c['name']:43} {first['ratio']:.3f} (rounds {min(first['ratios']):.3f} to "
             f"{max(first['ratios']):.3f}; {ours:,} and {theirs:,} tokens/s)"
         )
     return {

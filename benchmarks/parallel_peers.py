@@ -1,9 +1,10 @@
 """What bigtrain's layouts are compared with: the same plain model laid over two ranks by torch's own APIs, by hand.
 
-DistributedDataParallel (and ZeroRedundancyOptimizer), torch.distributed.tensor.parallel with loss_parallel,
-torch.distributed.pipelining's Schedule1F1B; for context an all-gather of keys and values, since torch's
-experimental context_parallel has no rule for the CPU's attention (2.13). Every side clips, updates by fused AdamW and
-sums the loss over the ranks.
+DistributedDataParallel (with ZeroRedundancyOptimizer for ZeRO 1), fully_shard for ZeRO 2 and 3,
+torch.distributed.tensor.parallel with loss_parallel, torch.distributed.pipelining's schedules; for context an
+all-gather of keys and values or an all-to-all of heads, since torch's experimental context_parallel has no rule for
+the CPU's attention (2.13). Every side clips, updates by fused AdamW and sums the loss over the ranks. A layout
+without a peer is an error, as are other losses or gradient norms than bigtrain's.
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -41,27 +50,48 @@ from bigtrain.model.attention import Scope, make_scope
 from bigtrain.model.batch import Batch
 from bigtrain.model.build import build_model
 from bigtrain.optim import parameter_groups
+from bigtrain.parallel.context import columns_of
+from bigtrain.parallel.schedule import chunks_of_rank
 from bigtrain.parallel.split import layers_of_chunks
 
-Step = Callable[[Sequence[Batch], int], float]
+Step = Callable[[Sequence[Batch], int], tuple[float, float]]
+"""Loss and gradient norm of one optimizer step from a rank's microbatches and the tokens of all ranks."""
 LR = 1e-3
+LINEAR = F.linear
+"""torch's own: DeepSpeed's ZeRO-3 puts another in its place for the whole process."""
+SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "interleaved-zb": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
 
 
 def throughput(case: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Rounds of both sides in turn, on the same batches; seconds a step of each, after the same first losses."""
+    """Rounds of both sides in turn, on the same batches; seconds a step of each, after the same first steps."""
     config = worker.config_of(case)
+    assert LINEAR is F.linear, "a ZeRO-3 engine is still open"
     engine = make_engine(worker.meta_model(config), config, mesh)
-    theirs = peer(config, mesh)
+    replaced, F.linear = F.linear, LINEAR
+    bare = peer(config, mesh)
 
-    def ours(batches: Sequence[Batch], counted: int) -> float:
-        return engine.train_step(batches, counted, LR).loss
+    def ours(batches: Sequence[Batch], counted: int) -> tuple[float, float]:
+        F.linear = replaced
+        done = engine.train_step(batches, counted, LR)
+        return done.loss, done.grad_norm
+
+    def theirs(batches: Sequence[Batch], counted: int) -> tuple[float, float]:
+        F.linear = LINEAR
+        return bare(batches, counted)
 
     sides = {"ours": ours, "theirs": theirs}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     data = [worker.batches(case, mesh, step) for step in range(2)]
     first = {name: [side(*d) for d in data] for name, side in sides.items()}
-    for a, b in zip(first["ours"], first["theirs"], strict=True):
-        assert abs(a - b) < 2e-4 * abs(a), f"{case['name']}: not the same work: losses {first}"
+    for mine, other in zip(first["ours"], first["theirs"], strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert abs(a - b) < 2e-4 * abs(a), f"{case['name']}: not the same work: losses, norms {first}"
     for number in range(case["rounds"]):
         for name in list(sides)[:: 1 if number % 2 else -1]:
             mesh.barrier()
@@ -77,18 +107,27 @@ def throughput(case: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
         "ratio": round(median(seconds["theirs"]) / median(seconds["ours"]), 4),
         "ratios": [round(r, 4) for r in ratios],
         "tokens_per_second": {name: round(tokens / median(s)) for name, s in seconds.items()},
-        "losses": first,
+        "losses": {name: [loss for loss, _ in steps] for name, steps in first.items()},
+        "grad_norms": {name: [norm for _, norm in steps] for name, steps in first.items()},
     }
 
 
 def peer(config: Config, mesh: Mesh) -> Step:
-    """The step of the bare torch side for a layout."""
-    layout = config.layout
-    if mesh.tensor.size > 1:
-        return tensor_peer(config)
-    if mesh.pipeline.size > 1:
-        return pipeline_peer(config, mesh)
-    return data_peer(config, mesh, sharded=layout.zero > 0)
+    """The step of the bare torch side for a layout along one axis."""
+    axes = {name for name in ("tensor", "pipeline", "context", "data") if mesh.axes[name].size > 1}
+    zero = config.layout.zero
+    match sorted(axes):
+        case ["tensor"] if zero == 0:
+            return tensor_peer(config)
+        case ["pipeline"] if zero == 0:
+            return pipeline_peer(config, mesh)
+        case ["context"] if zero == 0:
+            return data_peer(config, mesh, sharded=False)
+        case ["data"] if zero < 2:
+            return data_peer(config, mesh, sharded=zero == 1)
+        case ["data"]:
+            return fsdp_peer(config, mesh, whole=zero == 2)
+    raise NotImplementedError(f"no bare torch peer for axes {sorted(axes)} with ZeRO {zero}")
 
 
 def plain(config: Config) -> Any:
@@ -117,9 +156,11 @@ def data_peer(config: Config, mesh: Mesh, *, sharded: bool) -> Step:
     """DistributedDataParallel; with shared sequences too, where each rank sees its columns."""
     model = plain(config)
     context = mesh.context if mesh.context.size > 1 else None
+    by = config.layout.context_by
     if context is not None:
+        attend: Any = {"gather": ZigzagAttention, "ulysses": HeadsAttention}[by]
         for layer in model.layers:
-            layer.self_attn.attend = ZigzagAttention(context.rank, context.size)
+            layer.self_attn.attend = attend(context.rank, context.size)
     if sharded:
         optimizer = adamw(
             config, model.named_parameters(), ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW
@@ -128,30 +169,24 @@ def data_peer(config: Config, mesh: Mesh, *, sharded: bool) -> Step:
         optimizer = adamw(config, model.named_parameters())
     ddp = DistributedDataParallel(model)
 
-    def step(batches: Sequence[Batch], counted: int) -> float:
+    def step(batches: Sequence[Batch], counted: int) -> tuple[float, float]:
         total = torch.zeros(())
         for i, batch in enumerate(batches):
             with nullcontext() if i == len(batches) - 1 else ddp.no_sync():
                 tokens, targets, scope = batch.tokens, batch.targets, None
                 if context is not None:
-                    columns = zigzag(context.rank, context.size, tokens.shape[1])
+                    columns = columns_of(context.rank, context.size, tokens.shape[1], by=by)
                     scope = make_scope(config.model, tokens, queries=columns)
                     tokens, targets = tokens[:, columns], targets[:, columns]
                 out = ddp(tokens, targets=targets, scope=scope)
                 (out.objective * (mesh.world / counted)).backward()
                 total += out.nll
-        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
-        return summed(total) / counted
+        return summed(total) / counted, float(norm)
 
     return step
-
-
-def zigzag(rank: int, n: int, S: int) -> torch.Tensor:
-    """Pieces `rank` and 2 n - 1 - rank of 2 n."""
-    pieces = torch.arange(S).chunk(2 * n)
-    return torch.cat([pieces[rank], pieces[2 * n - 1 - rank]])
 
 
 class ZigzagAttention:
@@ -177,6 +212,61 @@ class ZigzagAttention:
             mask = torch.ones(half, seen, dtype=torch.bool).tril(seen - half)
             outs.append(F.scaled_dot_product_attention(part, k[:, :, :seen], v[:, :, :seen], attn_mask=mask))
         return torch.cat(outs, 2).transpose(1, 2)
+
+
+class HeadsAttention:
+    """All tokens of a share of the heads: one all-to-all before attention and one after it."""
+
+    def __init__(self, rank: int, n: int) -> None:
+        self.n = n
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Scope) -> torch.Tensor:
+        """q (B, Q, H, D), k and v (B, Q, K, D)."""
+        shares = [x.shape[2] // self.n for x in (q, k, v)]
+        # Row r of n: the heads of rank r. After the exchange: the tokens of rank r.
+        packed = torch.cat([x.unflatten(2, (self.n, -1)) for x in (q, k, v)], 3).movedim(2, 0)
+        heads = self.swapped(packed).permute(1, 3, 0, 2, 4).flatten(2, 3)  # B, heads, S, D
+        q, k, v = heads.split(shares, 1)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        tokens = self.swapped(out.unflatten(2, (self.n, -1)).movedim(2, 0))  # n, B, H / n, Q, D
+        return tokens.permute(1, 3, 0, 2, 4).flatten(2, 3)
+
+    def swapped(self, rows: torch.Tensor) -> torch.Tensor:
+        """Row i to rank i."""
+        return all_to_all_single_autograd(rows.contiguous(), None, None, dist.group.WORLD)
+
+
+def fsdp_peer(config: Config, mesh: Mesh, *, whole: bool) -> Step:
+    """FSDP2, every layer and the rest, gradients reduced in every microbatch.
+
+    `whole`: weights are gathered once a step and stay until its last backward pass, as with ZeRO 2; else they are
+    gathered for each forward and each backward pass, as with ZeRO 3.
+    """
+    model, ranks = plain(config), init_device_mesh("cpu", (mesh.world,))
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=ranks, reshard_after_forward=not whole)
+        # gloo has no average: sums, not divided at all.
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    optimizer = adamw(config, model.named_parameters())
+
+    def step(batches: Sequence[Batch], counted: int) -> tuple[float, float]:
+        total = torch.zeros(())
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            model.set_is_last_backward(last)
+            model.set_reshard_after_backward(last or not whole)
+            out = model(batch.tokens, targets=batch.targets)
+            (out.objective / counted).backward()
+            total += out.nll
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        assert isinstance(norm, DTensor)
+        optimizer.step()
+        optimizer.zero_grad()
+        return summed(total) / counted, float(norm.full_tensor())
+
+    return step
 
 
 def tensor_peer(config: Config) -> Step:
@@ -209,7 +299,7 @@ def tensor_peer(config: Config) -> Step:
     cut = [p for p in model.parameters() if isinstance(p, DTensor)]
     whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
 
-    def step(batches: Sequence[Batch], counted: int) -> float:
+    def step(batches: Sequence[Batch], counted: int) -> tuple[float, float]:
         total = torch.zeros(())
         for batch in batches:
             # Made outside, as the sequence that the model sees is a share of the whole.
@@ -226,13 +316,13 @@ def tensor_peer(config: Config) -> Step:
                 nn.utils.clip_grads_with_norm_(group, config.optim.clip, norm)
         optimizer.step()
         optimizer.zero_grad()
-        return float(total) / counted
+        return float(total) / counted, float(norm)
 
     return step
 
 
 class Stage(nn.Module):
-    """Half of the model."""
+    """One chunk of the model."""
 
     def __init__(self, model: Any, layers: range, *, first: bool, last: bool) -> None:
         super().__init__()
@@ -252,16 +342,19 @@ class Stage(nn.Module):
 
 
 def pipeline_peer(config: Config, mesh: Mesh) -> Step:
-    """PipelineStage and Schedule1F1B with static shapes, on bigtrain's own split of the layers."""
-    rank, layers = mesh.pipeline.rank, layers_of_chunks(config)
-    stage = Stage(plain(config), layers[rank], first=rank == 0, last=rank == 1)
-    optimizer = adamw(config, stage.named_parameters())
+    """PipelineStages with static shapes and torch's schedule, on bigtrain's own split of the layers."""
+    layout, layers = config.layout, layers_of_chunks(config)
+    end = len(layers) - 1
+    held = chunks_of_rank(layout.schedule, mesh.pipeline.size, layout.chunks)[mesh.pipeline.rank]
+    model = plain(config)
+    stages = nn.ModuleDict({str(c): Stage(model, layers[c], first=c == 0, last=c == end) for c in held})
+    optimizer = adamw(config, stages.named_parameters())
     B, S = config.train.microbatch, config.data.sequence_length
     made: dict[int, Any] = {}
     state: dict[str, Any] = {}
 
     def loss_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        out = stage.lm_head(hidden, targets)  # type: ignore[misc]
+        out = stages[str(end)].lm_head(hidden, targets)  # type: ignore[operator, union-attr]
         state["nll"] = state["nll"] + out.nll
         return out.objective / state["counted"]  # type: ignore[no-any-return]
 
@@ -269,24 +362,33 @@ def pipeline_peer(config: Config, mesh: Mesh) -> Step:
         if m not in made:
             hidden = torch.zeros(B, S, config.model.width, requires_grad=True)
             tokens = torch.zeros(B, S, dtype=torch.long)
-            pipe = PipelineStage(
-                stage, rank, 2, torch.device("cpu"), input_args=hidden if rank else tokens, output_args=hidden
-            )
-            made[m] = Schedule1F1B(pipe, m, loss_fn=loss_of, scale_grads=False)
+            pipes = [
+                PipelineStage(
+                    stages[str(c)],
+                    c,
+                    len(layers),
+                    torch.device("cpu"),
+                    input_args=hidden if c else tokens,
+                    output_args=hidden,
+                )
+                for c in held
+            ]
+            kind = SCHEDULES[layout.schedule]
+            single = layout.schedule in ("gpipe", "1f1b")
+            made[m] = kind(pipes[0] if single else pipes, m, loss_fn=loss_of, scale_grads=False)
         return made[m]
 
-    def step(batches: Sequence[Batch], counted: int) -> float:
+    def step(batches: Sequence[Batch], counted: int) -> tuple[float, float]:
         state["nll"], state["counted"] = torch.zeros(()), counted
-        pipe = schedule(len(batches))
-        if rank == 0:
-            pipe.step(torch.cat([b.tokens for b in batches]))
-        else:
-            pipe.step(target=torch.cat([b.targets for b in batches]))
-        square = nn.utils.get_total_norm([p.grad for p in stage.parameters()]).square()
+        tokens = [torch.cat([b.tokens for b in batches])] if 0 in held else []
+        targets = torch.cat([b.targets for b in batches]) if end in held else None
+        schedule(len(batches)).step(*tokens, target=targets, return_outputs=False)
+        square = nn.utils.get_total_norm([p.grad for p in stages.parameters()]).square()
         dist.all_reduce(square)
-        nn.utils.clip_grads_with_norm_(stage.parameters(), config.optim.clip, square.sqrt())
+        norm = square.sqrt()
+        nn.utils.clip_grads_with_norm_(stages.parameters(), config.optim.clip, norm)
         optimizer.step()
         optimizer.zero_grad()
-        return summed(state["nll"]) / counted
+        return summed(state["nll"]) / counted, float(norm)
 
     return step
