@@ -37,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bigtrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_prepare, _add_train, _add_generate, _add_evaluate, _add_inspect, _add_quickstart):
+    for add in (
+        *(_add_prepare, _add_train, _add_generate, _add_evaluate, _add_inspect),
+        *(_add_export, _add_import, _add_quickstart),
+    ):
         add(verbs)
     return parser
 
@@ -168,10 +171,16 @@ examples:
   bigtrain inspect llama-8b --schedule --set layout.pipeline=4      its pipeline as a picture
   bigtrain inspect data/books                  a dataset; data/books/train-00000.bin: one shard
   bigtrain inspect runs/quickstart             a run: where it stands, checkpoints, last metrics
-  bigtrain inspect runs/quickstart --verify    also read every byte and compare checksums""",
+  bigtrain inspect runs/quickstart --verify    also read every byte and compare checksums
+  bigtrain inspect s3://bucket/run/step_00001000                    one checkpoint, wherever it lies
+  bigtrain inspect runs/a runs/b               what differs between two checkpoints (of a run: the newest)
+
+Leaves with 0 when all is sound and, of two, equal (the layout they were written in may differ), else with 1.""",
     )
     p.add_argument("path", metavar="PATH", help="run, checkpoint, dataset, shard, tokenizer or config")
+    p.add_argument("other", nargs="?", metavar="OTHER", help="a checkpoint or run to compare the first with")
     p.add_argument("--verify", action="store_true", help="compare all checksums")
+    p.add_argument("--json", action="store_true", help="of a checkpoint, a run's, or two: print JSON")
     p.add_argument(
         "--schedule",
         action="store_true",
@@ -181,6 +190,65 @@ examples:
     p.add_argument("--out", help="with --schedule: the picture (default NAME-schedule.png)")
     _set_argument(p, "of a config: change one key")
     p.set_defaults(run_verb=_inspect)
+
+
+def _add_export(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "export",
+        help="write a trained model as a Hugging Face directory",
+        formatter_class=_Raw,
+        description="Write safetensors, config.json and tokenizer files that transformers loads as they are, and\n"
+        "compare its logits with the run's before saying done.",
+        epilog="""\
+Llama, Mistral, Qwen2, Qwen3 and GPT-2 are written; a model that is exactly none of these is refused, with every
+difference. The weights are streamed from the checkpoint; the comparison holds one model in fp32 at a time.
+
+examples:
+  bigtrain export runs/quickstart --to exported/quickstart
+  bigtrain export runs/quickstart/checkpoints/step_00000500 --to exported/step500 --dtype fp32""",
+    )
+    p.add_argument("model", metavar="RUN", help="run directory, or one checkpoint in it")
+    p.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    p.add_argument(
+        "--dtype", choices=["bf16", "fp32", "fp16"], default="bf16", help="of the weights (default bf16)"
+    )
+    p.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="most GB (10^9 bytes) of one file (default 5)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace a model that is in DIR")
+    p.add_argument(
+        "--no-compare",
+        action="store_true",
+        help="do not run the model: only read every tensor back, bit for bit",
+    )
+    p.set_defaults(run_verb=_export)
+
+
+def _add_import(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "import",
+        help="a config that trains on from a Hugging Face model or a distributed checkpoint",
+        formatter_class=_Raw,
+        description="Derive [model] from a directory of weights, check every tensor, and write a config whose\n"
+        "train.init_from is that directory. `bigtrain train` then reads it, in any layout.",
+        epilog="""\
+DIR is a Hugging Face model (config.json and safetensors; Llama, Mistral, Qwen2, Qwen3 or GPT-2) or a
+torch.distributed.checkpoint (.metadata), whose model --config must describe. Pickled weights (pytorch_model.bin)
+are refused. DIR is neither copied nor changed: keep it until the run has saved its first checkpoint.
+
+examples:
+  bigtrain import exported/quickstart --data data/mine
+  bigtrain import downloads/Qwen3-0.6B --out qwen.toml
+  bigtrain import old_run/dcp --config llama-1b --out continued.toml""",
+    )
+    p.add_argument("folder", metavar="DIR", help="folder with the weights")
+    p.add_argument(
+        "--out", metavar="CONFIG.toml", help="config to write (default NAME.toml after DIR's name)"
+    )
+    p.add_argument("--data", help="dataset folder to train on (default: data/NAME, to be prepared)")
+    p.add_argument("--config", help="take everything but train.init_from from this config, [model] too")
+    p.add_argument("--overwrite", action="store_true", help="replace the config that is there")
+    p.set_defaults(run_verb=_import)
 
 
 def _add_quickstart(verbs: Verbs) -> None:
@@ -216,6 +284,10 @@ def _train(args: argparse.Namespace) -> int:
         from bigtrain.lr_find import lr_find
 
         return lr_find(config, args.run_dir or f"runs/{config.name}")
+    from bigtrain.grid import grid_of
+    from bigtrain.place import discover
+
+    grid_of(config, discover().world)  # a layout that cannot be is refused before torch is imported (5 s)
     from bigtrain.train import train
 
     return train(config, args.run_dir or f"runs/{config.name}", fresh=args.fresh)
@@ -234,14 +306,31 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from bigtrain.explain import explain, explain_pipeline
+    from bigtrain.explain import explain, explain_checkpoints, explain_difference, explain_pipeline
 
     if args.schedule:
         print(explain_pipeline(args.path, args.overrides, ranks=args.ranks, out=args.out))
         return 0
-    text, sound = explain(args.path, verify=args.verify, overrides=args.overrides)
+    if args.other:
+        text, sound = explain_difference(args.path, args.other, as_json=args.json)
+    elif args.json:
+        text, sound = explain_checkpoints(args.path, verify=args.verify)
+    else:
+        text, sound = explain(args.path, verify=args.verify, overrides=args.overrides)
     print(text)
     return 0 if sound else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    from bigtrain.exporting import export_command
+
+    return export_command(args)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from bigtrain.importing import import_command
+
+    return import_command(args)
 
 
 def _quickstart(args: argparse.Namespace) -> int:

@@ -157,6 +157,10 @@ class TrainConfig(Section):
     """bf16 and fp16 compute in 16 bits over fp32 master weights and fp32 gradient accumulation."""
     seed: int = Field(default=1, ge=0)
     """Decides initial weights, data order, masking and dropout."""
+    init_from: str | None = None
+    """Start from the weights in this folder instead of random ones: a Hugging Face model (safetensors) or a
+    torch.distributed.checkpoint, as `bigtrain import` checks and writes it. Read at step 0 only; a run that has a
+    checkpoint goes on from that."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on the held-out split; 0: only at the end."""
     eval_sequences: int = Field(default=64, ge=1)
@@ -236,8 +240,10 @@ class LayoutConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, what to keep."""
+    """When to save, where, what to keep."""
 
+    folder: str = ""
+    """Path or URL (s3://bucket/run, needs `pip install bigtrain[remote]`) of the checkpoints. Default: in the run."""
     every_steps: int = Field(default=1000, ge=0)
     """Save after every this many steps; 0: not by steps. The last step is always saved."""
     every_minutes: float = Field(default=0.0, ge=0)
@@ -246,8 +252,13 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep."""
     keep_every: int = Field(default=0, ge=0)
     """Also keep those whose step is a multiple of this; 0: none."""
+    asynchronous: bool = True
+    """Write in the background, from a copy in host memory (12 bytes a parameter with AdamW, shared by the ranks);
+    false: training waits until the checkpoint is on the disk."""
     verify: bool = True
     """Verify checksums when loading."""
+    on_damage: Literal["older", "stop"] = "older"
+    """When the newest checkpoint is damaged: older: say so and go on from the newest sound one; stop: give up."""
 
 
 class LogConfig(Section):

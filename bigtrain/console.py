@@ -12,6 +12,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from bigtrain.configfile import load
 from bigtrain.metrics import EvalRecord, StepRecord, read_records
 
 WIDTH = 120
@@ -90,9 +91,9 @@ class Console:
             f"perplexity {record.perplexity:.2f}  bits per byte {record.bits_per_byte:.4f}"
         )
 
-    def saved(self, path: Path) -> None:
-        """A checkpoint is committed."""
-        self.say(f"saved {path}")
+    def saved(self, path: Path, seconds: float, waited: float) -> None:
+        """A checkpoint is committed: seconds from begin to end, and how long of it training stood still."""
+        self.say(f"saved {path} in {seconds:.1f} s; training waited {waited:.2f} s")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -255,13 +256,20 @@ def summary(run: Path, command: str = "") -> str:
         busy = f", MFU {100 * statistics.median(mfus):.1f} %" if mfus else ""
         lines.append(f"speed           {speed:,.0f} tokens/s (median of all steps){busy}")
     lines.append(f"everything in   {run}")
-    saved = sorted(p.name for p in (run / "checkpoints").glob("step_*") if ".tmp" not in p.name)
-    if saved:
-        lines.append(f"checkpoints     {', '.join(saved)}")
+    lines += _saved(run)
     lines += [f"{what:<15} {run / where}" for what, where in _PLACES if (run / where).exists()]
     if command:
         lines.append(f"go on with      {command}")
     return "\n".join(lines)
+
+
+def _saved(run: Path) -> list[str]:
+    """Which checkpoints there are; only where when that is not the run directory: a store may be out of reach."""
+    resolved = run / "config.toml"
+    if resolved.is_file() and (folder := load(resolved).checkpoint.folder):
+        return [f"checkpoints     in {folder}"]
+    saved = sorted(p.name for p in (run / "checkpoints").glob("step_*") if ".tmp" not in p.name)
+    return [f"checkpoints     {', '.join(saved)}"] if saved else []
 
 
 _PLACES = (

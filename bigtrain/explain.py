@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,9 @@ def explain(path: str, *, verify: bool = False, overrides: Sequence[str] = ()) -
     `verify` reads all data and compares checksums. Raises UserError when it is none of these, or is a damaged
     dataset or shard.
     """
+    if (stored := _checkpoints_at(path)) is not None:
+        return _checkpoints(stored, verify=verify, tensors=len(stored) == 1)
     where = Path(path)
-    if (where / "manifest.json").is_file():
-        return _checkpoint(where, verify=verify, tensors=True)
     if (where / "dataset.json").is_file():
         return _dataset(where, verify=verify), True
     if (where / "config.toml").is_file():
@@ -43,6 +44,71 @@ def explain(path: str, *, verify: bool = False, overrides: Sequence[str] = ()) -
             do="runs hold config.toml, checkpoints manifest.json, datasets dataset.json",
         )
     return explain_config(load(find_config(path), overrides)), True
+
+
+def explain_checkpoints(path: str, *, verify: bool = False) -> tuple[str, bool]:
+    """One JSON object about a checkpoint, a list of them for a run, and whether all are sound.
+
+    Raises UserError when the path is neither.
+    """
+    from bigtrain.checkpoint.describe import describe
+    from bigtrain.checkpoint.format import DamagedError
+    from bigtrain.checkpoint.location import place
+
+    told: list[dict[str, Any]] = []
+    found = _checkpoints_of(path)
+    for checkpoint in found:
+        try:
+            told.append(describe(checkpoint, verify=verify).to_json())
+        except DamagedError as e:  # without a manifest there is nothing else to tell
+            told.append({"path": str(checkpoint), "sound": False, "problems": [str(e)]})
+    shown = told[0] if found == [place(path)] else told
+    return json.dumps(shown, indent=1), all(d["sound"] for d in told)
+
+
+def explain_difference(first: str, second: str, *, as_json: bool = False) -> tuple[str, bool]:
+    """What differs between two checkpoints (of a run: its newest), and whether they are equal.
+
+    Raises UserError when a path is neither, DamagedError when a checkpoint is.
+    """
+    from bigtrain.checkpoint.compare import compare
+
+    found = compare(*(str(_checkpoints_of(path)[-1]) for path in (first, second)))
+    return json.dumps(found.to_json(), indent=1) if as_json else str(found), found.equal
+
+
+def _checkpoints_at(path: str) -> list[Path] | None:
+    """The checkpoint at a path, or those in a folder of nothing else; None when there is something else."""
+    from bigtrain.checkpoint.format import step_of
+    from bigtrain.checkpoint.location import place, remote
+    from bigtrain.checkpoint.store import list_checkpoints
+
+    where = place(path)
+    if remote(where):
+        found = [where] if step_of(where.name) is not None else list_checkpoints(where)
+        if found:
+            return found
+        raise UserError(
+            "holds no checkpoint", where=path, do="give a folder step_NNNNNNNN, or the one they lie in"
+        )
+    if (where / "manifest.json").is_file() or (step_of(where.name) is not None and where.is_dir()):
+        return [where]
+    return list_checkpoints(where) or None
+
+
+def _checkpoints_of(path: str) -> list[Path]:
+    """The checkpoint at a path, or those of the run there, oldest first. UserError when there is none."""
+    from bigtrain.checkpoint.location import folder_of
+    from bigtrain.checkpoint.store import list_checkpoints
+
+    found = _checkpoints_at(path)
+    if found is None and (Path(path) / "config.toml").is_file():
+        found = list_checkpoints(folder_of(Path(path), load(Path(path) / "config.toml")))
+    if found:
+        return found
+    what = "is neither a checkpoint nor a run" if found is None else "holds no checkpoint"
+    do = "--json and a comparison take a folder step_NNNNNNNN, or a run that has saved one"
+    raise UserError(what, where=path, do=do)
 
 
 def explain_pipeline(
@@ -192,6 +258,7 @@ def _bytes(count: float) -> str:
 
 
 def _run(folder: Path, *, verify: bool) -> tuple[str, bool]:
+    from bigtrain.checkpoint.location import folder_of
     from bigtrain.checkpoint.store import list_checkpoints
 
     config = load(folder / "config.toml")
@@ -214,17 +281,23 @@ def _run(folder: Path, *, verify: bool) -> tuple[str, bool]:
     if evaluation := last.get("eval"):
         figures = f"loss {_figure(evaluation['loss'])}, {_figure(evaluation['bits_per_byte'])} bits per byte"
         lines.append(_line("held out", f"step {evaluation['step']:,}: {figures}"))
-    found = list_checkpoints(folder / "checkpoints")
+    found = list_checkpoints(folder_of(folder, config))
     lines.append(_line("checkpoints", str(len(found))))
-    explained = [_checkpoint(p, verify=verify) for p in found]
-    lines += ["", *(text for text, _ in explained)]
+    text, sound = _checkpoints(found, verify=verify)
+    lines += ["", text]
     lines.append(_line("on disk", _bytes(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))))
-    return "\n".join(lines), all(sound for _, sound in explained)
+    return "\n".join(lines), sound
 
 
 def _figure(value: float | None) -> str:
     """Four digits; metrics.jsonl has null where a number was not finite."""
     return "not finite" if value is None else f"{value:.4f}"
+
+
+def _checkpoints(found: Sequence[Path], *, verify: bool, tensors: bool = False) -> tuple[str, bool]:
+    """A paragraph for each checkpoint, and whether all are sound."""
+    explained = [_checkpoint(p, verify=verify, tensors=tensors) for p in found]
+    return "\n".join(text for text, _ in explained), all(sound for _, sound in explained)
 
 
 def _checkpoint(folder: Path, *, verify: bool, tensors: bool = False) -> tuple[str, bool]:

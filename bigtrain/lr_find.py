@@ -65,6 +65,7 @@ def lr_find(config: Config, run: str | Path) -> int:
 
     No checkpoint is read or written; the run itself is left as it is.
     """
+    from bigtrain.interop.initial import start_from
     from bigtrain.plots import lr_find_curve
     from bigtrain.train import assemble, join
 
@@ -83,6 +84,8 @@ def lr_find(config: Config, run: str | Path) -> int:
         stack.callback(mesh.close)
         parts = assemble(config, mesh)
         stack.callback(parts.close)
+        if config.train.init_from is not None:
+            start_from(config.train.init_from, parts.engine, config, mesh)
         for i, microbatches in enumerate(parts.steps(Progress(), STEPS)):
             lr = FIRST * factor**i
             (counted,) = mesh.sum([sum(b.counted() for b in microbatches) if mesh.leads else 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,21 +34,29 @@ def find_checkpoint(path: Path) -> tuple[Path, Path, list[str]]:
 
     Raises UserError when the path is neither, or holds no sound checkpoint.
     """
+    from bigtrain.checkpoint.location import folder_of
     from bigtrain.checkpoint.store import newest
 
     if (path / "manifest.json").is_file():
         return path.resolve().parents[1], path, []
+    if re.match(r"\w+:/", str(path)) and not path.exists():  # a URL; Path has made one slash of two
+        raise UserError(
+            "a checkpoint in a store has neither config.toml nor tokenizer.model beside it",
+            where=str(path),
+            do="give the run directory: it knows its checkpoint.folder",
+        )
     if not (path / "config.toml").is_file():
         raise UserError(
             "is neither a run directory (config.toml) nor a checkpoint (manifest.json)",
             where=str(path),
             do="give the folder that `bigtrain train` wrote, usually runs/NAME",
         )
-    found, warnings = newest(path / "checkpoints")
+    folder = folder_of(path, load(path / "config.toml"))
+    found, warnings = newest(folder)
     if found is None:
         raise UserError(
             "no sound checkpoint" + "".join(f"\n  {w}" for w in warnings),
-            where=str(path / "checkpoints"),
+            where=str(folder),
             do="train first: the run saves at its end and every checkpoint.every_steps",
         )
     return path, found, warnings

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain.budget import Progress
 from bigtrain.checkpoint.agree import together
-from bigtrain.checkpoint.store import prune, resume, save
+from bigtrain.checkpoint.saver import Saver
+from bigtrain.checkpoint.store import prune, resume
 from bigtrain.console import Console, Startup, summary
 from bigtrain.engine import StepResult, engine_name
 from bigtrain.grid import layout_notes
 from bigtrain.heldout import HeldOut
+from bigtrain.interop.initial import start_from
 from bigtrain.metrics import Meter, peak_flops, read_records, recent_losses
 from bigtrain.plan.flops import flops_per_token
 from bigtrain.plan.scaling import Suggestion
@@ -37,6 +39,13 @@ class Recorder:
         self.console: Console | None = None
         self._sinks = Sinks([], warn=_log.warning)
         self._meter: Meter | None = None
+        keep = parts.config.checkpoint
+        self._saver = Saver(
+            run.checkpoints,
+            parts.mesh,
+            asynchronous=keep.asynchronous,
+            committed=lambda: prune(run.checkpoints, keep.keep_last, keep.keep_every),
+        )
 
     def resume(self) -> Progress:
         """Fill the engine from the newest sound checkpoint; where the run stands (the start without one)."""
@@ -46,12 +55,17 @@ class Recorder:
             lambda: parts.engine.pieces(owned=False),
             parts.mesh,
             verify=parts.config.checkpoint.verify,
+            on_damage=parts.config.checkpoint.on_damage,
         )
         if found is not None:
             parts.engine.loaded(found.state["engine"])
             self.progress = Progress(**found.state["progress"])
             self.run.notes.extend(found.warnings)
             self.run.notes.append(f"resumed from {found.path.name}")
+        elif parts.config.train.init_from is not None:
+            self.run.notes.extend(
+                start_from(parts.config.train.init_from, parts.engine, parts.config, parts.mesh)
+            )
         # Without a checkpoint nothing that was recorded stays, not even an evaluation at step 0.
         first = self.progress.step if found is not None else -1
         together(parts.mesh, lambda: self.run.begin(first))
@@ -130,6 +144,7 @@ class Recorder:
             self.console.say(
                 f"step {progress.step}: the loss or gradient was not finite; the update is skipped"
             )
+        self._say_saved()
 
     def on_eval(self, progress: Progress, result: HeldOut) -> None:
         """See `trainer.Observer`."""
@@ -155,11 +170,23 @@ class Recorder:
                 "precision": config.train.precision,
             },
         }
-        path = save(self.run.checkpoints, progress.step, parts.engine.pieces(owned=True), state, parts.mesh)
-        if parts.mesh.first:
-            prune(self.run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        if self.console is not None:
-            self.console.saved(path)
+        self._saver.start(progress.step, parts.engine.pieces(owned=True), state)
+        self._say_saved()
+
+    def save_failed(self) -> bool:
+        """See `trainer.Observer`."""
+        return self._saver.failed
+
+    def settle(self) -> None:
+        """See `trainer.Observer`."""
+        self._saver.settle()
+        self._say_saved()
+
+    def _say_saved(self) -> None:
+        """A checkpoint is called saved when it is committed, not before."""
+        saved = self._saver.news()
+        if saved is not None and self.console is not None:
+            self.console.saved(saved.path, saved.seconds, saved.blocked)
 
     def finish(self, state: State, progress: Progress, reason: str) -> None:
         """The run ended as it should: say so, in outcome.json and on the console."""
@@ -174,6 +201,8 @@ class Recorder:
 
     def fail(self, reason: str) -> None:
         """The run ended as it should not."""
+        self._saver.leave()
+        self._say_saved()
         self._close()
         self.run.finish("failed", self.progress.step, reason)
 

@@ -145,7 +145,7 @@ class Roll:
         groups: dict[str, list[int]] = {}
         for one in odd:
             groups.setdefault(one["differs"], []).append(one["rank"])
-        lines = [f"{_ranks(ranks)}: {differs}" for differs, ranks in groups.items()]
+        lines = [f"{ranks_named(ranks)}: {differs}" for differs, ranks in groups.items()]
         if len(lines) > _LISTED:
             lines[_LISTED:] = [f"and {len(lines) - _LISTED} more"]
         names = {name for one in odd for name in one["names"]}
@@ -163,7 +163,7 @@ class Roll:
         """The verdict on ranks that did not come."""
         return {
             "kind": "RunError",
-            "what": f"{_ranks(missing)} of {self.world} did not come within {self.seconds:g} s",
+            "what": f"{ranks_named(missing)} of {self.world} did not come within {self.seconds:g} s",
             "where": _address(),
             "do": "see what the launcher printed for them: a rank that fails at start-up says why; all need the "
             "same MASTER_ADDR and MASTER_PORT",
@@ -248,7 +248,7 @@ def _entries(text: str) -> dict[str, str]:
     return found
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def ranks_named(ranks: Sequence[int]) -> str:
     """ "rank 3", "ranks 1, 8-15": neighbours as a range, a count when the list is cut."""
     ranges: list[list[int]] = []
     for rank in sorted(ranks):

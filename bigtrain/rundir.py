@@ -4,7 +4,7 @@ RUN/
     config.toml               resolved, as of the latest attempt
     provenance.json           code, packages, machine and command of every attempt
     metrics.jsonl             one record a step and one an evaluation (bigtrain.metrics)
-    checkpoints/step_00001000/
+    checkpoints/step_00001000/       (elsewhere with checkpoint.folder)
     logs/0001/rank_0.log      of the first attempt
     samples/  plots/  tensorboard/
     outcome.json              how the latest attempt ended; absent while one runs, or after a kill
@@ -28,6 +28,7 @@ from pydantic import BaseModel
 
 from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.format import sync_folder, write_synced
+from bigtrain.checkpoint.location import folder_of, make_ready
 from bigtrain.checkpoint.store import list_checkpoints
 from bigtrain.config import Config
 from bigtrain.configfile import load, render
@@ -54,6 +55,8 @@ class RunDir:
     notes: list[str]
     """What the user should be told: settings that changed since the last attempt, a former run moved
     aside."""
+    checkpoints: Path
+    """Folder of the checkpoints; in an object store when checkpoint.folder is a URL."""
     _lock: IO[str] | None = field(default=None, repr=False)
     _log: logging.Handler | None = field(default=None, repr=False)
 
@@ -73,22 +76,19 @@ class RunDir:
         model, seed or data; nothing is changed then.
         """
         mesh = mesh or Mesh(Place(0, 1, 0, 1, "single"), torch.device("cpu"), None)
-        path = Path(path)
+        path = _local(path)
         facts = provenance(mesh)
         locks: list[IO[str]] = []
+        folders: list[Path] = []
 
         def take() -> tuple[int, list[str]]:
+            folders.append(folder_of(path, config))
             return _take(path, config, fresh, data, facts, locks) if mesh.first else (0, [])
 
         attempt, notes = together(mesh, take)[0]
-        run = RunDir(path, mesh, attempt, notes, _lock=locks[0] if locks else None)
+        run = RunDir(path, mesh, attempt, notes, folders[0], _lock=locks[0] if locks else None)
         run._start_log()
         return run
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
@@ -140,6 +140,7 @@ def _take(
 ) -> tuple[int, list[str]]:
     """Lock, compare with the run that is there, write what this attempt adds. Returns (attempt, notes)."""
     notes: list[str] = []
+    checkpoints = folder_of(path, config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
@@ -148,6 +149,8 @@ def _take(
             f"cannot be a run directory: {e.strerror}", where=str(path), do="give another --run-dir"
         ) from e
     try:
+        if fresh and config.checkpoint.folder:
+            _refuse_to_mix(checkpoints)
         if fresh and any(entry.name != _LOCK for entry in path.iterdir()):
             aside = next(
                 p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.old-{n}")).exists()
@@ -160,12 +163,15 @@ def _take(
         former = _former(path)
         changed = _changes(path, config, data, former)
         refused = [line for key, line in changed.items() if key.startswith(_IDENTITY)]
-        if refused and list_checkpoints(path / "checkpoints"):
+        if "checkpoint.folder" in changed:
+            _refuse_to_lose(folder_of(path, load(path / "config.toml")), checkpoints)
+        if refused and list_checkpoints(checkpoints):
             raise UserError(
                 "holds a run of another model, seed or data\n    " + "\n    ".join(refused),
                 where=str(path),
                 do="give this one another --run-dir, or start over with --fresh (moves the run there aside)",
             )
+        make_ready(checkpoints)
     except BaseException:
         lock.close()
         raise
@@ -173,11 +179,41 @@ def _take(
     attempts = [*former.get("attempts", []), {**facts, "changed": list(changed.values())}]
     _write_text(path / "config.toml", render(config))
     _write_json(path / "provenance.json", {"data": data, "attempts": attempts})
-    (path / "checkpoints").mkdir(exist_ok=True)
     (path / "outcome.json").unlink(missing_ok=True)
     sync_folder(path)
     locks.append(lock)
     return len(attempts), notes
+
+
+def _local(path: str | Path) -> Path:
+    """The run directory's path. UserError for a URL: locks, logs and appended metrics need a file system."""
+    if "://" in str(path):
+        raise UserError(
+            "a run directory lies in a file system; its checkpoints may lie elsewhere",
+            where=str(path),
+            do=f"give a local --run-dir and --set checkpoint.folder={path}",
+        )
+    return Path(path)
+
+
+def _refuse_to_mix(checkpoints: Path) -> None:
+    """UserError when a fresh run would go on from the checkpoints of a former one: they are not moved aside."""
+    if list_checkpoints(checkpoints):
+        raise UserError(
+            "holds the checkpoints of a former run, which --fresh does not move aside",
+            where=str(checkpoints),
+            do="give another checkpoint.folder, or move or remove them",
+        )
+
+
+def _refuse_to_lose(former: Path, checkpoints: Path) -> None:
+    """UserError when the run's checkpoints lie where this attempt does not look: it would start over, unasked."""
+    if former != checkpoints and list_checkpoints(former) and not list_checkpoints(checkpoints):
+        raise UserError(
+            f"holds no checkpoint, but this run has some in {former}",
+            where=str(checkpoints),
+            do=f"copy them there, or set checkpoint.folder to {former}; --fresh starts over",
+        )
 
 
 _LOCK = ".lock"

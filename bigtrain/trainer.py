@@ -33,7 +33,13 @@ class Observer(Protocol):
         """A held-out evaluation is done."""
 
     def on_save(self, progress: Progress) -> None:
-        """Now is the moment to save."""
+        """Now is the moment to save; the save may go on in the background."""
+
+    def save_failed(self) -> bool:
+        """Whether a save in the background has failed on this rank."""
+
+    def settle(self) -> None:
+        """Wait for the save in the background; raises RunError on every rank when it failed on one."""
 
 
 @dataclass
@@ -68,9 +74,14 @@ class Trainer:
             started = time.perf_counter()
             microbatches = next(steps)
             mine = sum(b.counted() for b in microbatches) if self.mesh.leads else 0
-            counted, stop, overdue = self.mesh.sum([mine, bool(self.stop), self._overdue()])
+            counted, stop, overdue, unsaved = self.mesh.sum(
+                [mine, bool(self.stop), self._overdue(), self.observer.save_failed()]
+            )
+            if unsaved:
+                self.observer.settle()
             if stop:
                 self._save()
+                self.observer.settle()
                 return "preempted"
             if overdue:
                 self._save()
@@ -82,6 +93,7 @@ class Trainer:
                 self._evaluate()
             if last or self._due(self.config.checkpoint.every_steps):
                 self._save()
+        self.observer.settle()
         return "done"
 
     def _step(self, microbatches: list[Batch], counted: int, started: float) -> None:

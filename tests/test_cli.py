@@ -18,7 +18,7 @@ from bigtrain.configfile import find_config, load
 from bigtrain.data.manifest import read_manifest
 from tests.data_parts import random_documents, write_corpus
 
-VERBS = ["prepare", "train", "generate", "evaluate", "inspect", "quickstart"]
+VERBS = ["prepare", "train", "generate", "evaluate", "inspect", "export", "import", "quickstart"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -41,6 +41,8 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["generate", "nowhere"], ["nowhere", "neither a run directory"]),
         (["evaluate", "nowhere"], ["nowhere"]),
         (["inspect", "nowhere"], ["nowhere"]),
+        (["export", "nowhere", "--to", "x"], ["nowhere", "neither a run directory"]),
+        (["import", "nowhere"], ["nowhere", "is no folder"]),
         (["prepare", "nowhere", "--out", "x"], ["nowhere"]),
     ],
 )

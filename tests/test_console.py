@@ -94,7 +94,7 @@ def run(console: Console, steps: int) -> None:
     for step in range(1, steps + 1):
         console.step(replace(RECORD, step=step, tokens=1000 * step, tokens_per_second=500.0))
     console.evaluation(EvalRecord(steps, 3.0, math.exp(3.0), 1.1, 100, 0.0))
-    console.saved(Path("runs/a/checkpoints/step_00000007"))
+    console.saved(Path("runs/a/checkpoints/step_00000007"), 1.52, 0.021)
     console.close()
 
 
@@ -111,7 +111,7 @@ def test_a_log_gets_plain_lines() -> None:
     assert [row.split("/")[0] for row in shown[:5]] == ["1", "3", "6", "7", "7"]
     assert shown[0].endswith("eta 16s"), "8000 tokens left at 500 a second"
     assert shown[4] == "7/7  held out  loss 3.0000  perplexity 20.09  bits per byte 1.1000"
-    assert shown[5] == "saved runs/a/checkpoints/step_00000007"
+    assert shown[5] == "saved runs/a/checkpoints/step_00000007 in 1.5 s; training waited 0.02 s"
 
 
 def test_rich_is_not_imported_without_a_terminal() -> None:

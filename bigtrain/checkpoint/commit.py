@@ -1,10 +1,12 @@
 """A draft folder becomes a checkpoint: made and locked by rank 0, filled by all ranks, renamed when it is whole.
 
 Only rank 0 calls these. At any moment a crash leaves either the whole checkpoint or a draft that nobody reads.
+What an object store does instead of renaming is in `objects`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -14,6 +16,7 @@ import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 
 import bigtrain
+from bigtrain.checkpoint import objects
 from bigtrain.checkpoint.boxes import Box, coverage_problem
 from bigtrain.checkpoint.format import (
     MANIFEST,
@@ -32,14 +36,21 @@ from bigtrain.checkpoint.format import (
     sync_folder,
     write_synced,
 )
+from bigtrain.checkpoint.location import exists, remote
 from bigtrain.checkpoint.writer import write_refused
 from bigtrain.errors import RunError
 
 
 def begin(final: Path, needed: int) -> tuple[str, int]:
-    """Clear stale drafts, check the space, make and lock this save's draft; returns its name and lock."""
+    """Clear stale drafts, check the space, make and lock this save's draft; returns its name and lock.
+
+    `final.parent / name` is the draft, `lock` a file descriptor. `abandon` releases both.
+    """
     root = final.parent
     try:
+        if remote(root):
+            # Nothing to lock, but a descriptor all the same: callers need not tell the two apart.
+            return objects.begin(final), os.open(os.devnull, os.O_RDONLY)
         root.mkdir(parents=True, exist_ok=True)
         clear_stale(root)
         space = os.statvfs(root)
@@ -54,8 +65,21 @@ def begin(final: Path, needed: int) -> tuple[str, int]:
     return draft.name, lock
 
 
+def abandon(draft: Path, lock: int) -> None:
+    """End a save: release its lock and, unless it was committed, remove what it wrote. Never raises OSError."""
+    if remote(draft):
+        objects.finish(draft)
+    else:
+        shutil.rmtree(draft, ignore_errors=True)  # a committed one has another name by now
+    with contextlib.suppress(OSError):
+        os.close(lock)
+
+
 def clear_stale(root: Path) -> None:
     """Remove what killed saves and prunes left: drafts that no living process holds locked."""
+    if remote(root):
+        objects.clear_stale(root)
+        return
     for path in root.iterdir():
         if not re.fullmatch(r"step_\d{8,}\.tmp-.*", path.name):
             continue
@@ -82,7 +106,9 @@ def _locked_by_others(fd: int) -> bool:
 
 
 def commit(draft: Path, final: Path, files: Sequence[StoredFile], step: int, state: dict[str, Any]) -> None:
-    """Check that the files make a whole, write the manifest, rename, sync."""
+    """Check that the files make a whole, write the manifest, rename, sync. RunError when it cannot be."""
+    # In a store the draft stays where it is, a folder of the checkpoint, and the manifest says so.
+    stored = [replace(file, name=f"{draft.name}/{file.name}") for file in files] if remote(draft) else files
     manifest = Manifest(
         step=step,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -93,10 +119,13 @@ def commit(draft: Path, final: Path, files: Sequence[StoredFile], step: int, sta
         },
         state=state,
         tensors=_whole_tensors(draft, files, step),
-        files=tuple(files),
+        files=tuple(stored),
     )
     content = manifest_bytes(manifest)
     try:
+        if remote(draft):
+            objects.commit(draft, final, content)
+            return
         write_synced(draft / MANIFEST, content)
         sync_folder(draft)
         former = move_aside(final, "replaced") if final.exists() else None
@@ -116,7 +145,7 @@ def _whole_tensors(draft: Path, files: Sequence[StoredFile], step: int) -> tuple
     """The logical tensors in the files, each covered exactly once; RunError naming the first that is not."""
     boxes: dict[StoredTensor, list[Box]] = defaultdict(list)
     for file in files:
-        if not (draft / file.name).exists():
+        if not exists(draft / file.name):
             raise RunError(
                 "rank 0 does not see the file that this rank wrote",
                 where=f"rank {file.rank}, {draft / file.name}",
@@ -137,6 +166,14 @@ def _whole_tensors(draft: Path, files: Sequence[StoredFile], step: int) -> tuple
                 do="this is a bug in the engine's pieces: please report it with the layout",
             )
     return tuple(boxes)
+
+
+def discard(path: Path) -> None:
+    """Make a checkpoint vanish in one go. What is left of it in a file system, the next `clear_stale` removes."""
+    if remote(path):
+        objects.discard(path)
+    else:
+        move_aside(path, "pruned")
 
 
 def move_aside(path: Path, why: str) -> Path:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint.format import DTYPES, DamagedError, StoredTensor, read_manifest
-from bigtrain.checkpoint.reader import open_checkpoint, verify_checkpoint
+from bigtrain.checkpoint.format import DTYPES, StoredTensor, read_manifest
+from bigtrain.checkpoint.location import bytes_under, place
+from bigtrain.checkpoint.reader import verify_checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Description:
         lines = [
             f"checkpoint  {self.path}",
             f"step        {self.step:,}, written {self.created} by {_versions(self.versions)}",
+            *(f"progress    {_flat(progress)}" for progress in [self.state.get("progress")] if progress),
             f"tensors     {len(self.tensors):,} ({kinds})",
             f"on disk     {self.bytes / 1e6:,.1f} MB in {self.writers} data files",
             *(f"layout      {_flat(layout)}" for layout in [self.state.get("layout")] if layout),
@@ -48,22 +50,19 @@ class Description:
         ]
         return "\n".join(lines if self.problems else [*lines, f"health      {health}"])
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        tensors = [vars(t) for t in self.tensors]
+        return {**vars(self), "path": str(self.path), "tensors": tensors, "sound": not self.problems}
+
 
 def describe(path: str | Path, *, verify: bool = False) -> Description:
     """Read the manifest; check the indexes, or `verify` every byte. DamagedError without a manifest."""
-    path = Path(path)
+    path = place(path)
     manifest = read_manifest(path)
     elements: dict[str, int] = {}
     for tensor in manifest.tensors:
         elements[tensor.kind] = elements.get(tensor.kind, 0) + math.prod(tensor.shape)
-    problems: list[str] = []
-    if verify:
-        problems = verify_checkpoint(path)
-    else:
-        try:
-            open_checkpoint(path)
-        except DamagedError as e:
-            problems = [str(e)]
     return Description(
         path=path,
         step=manifest.step,
@@ -72,9 +71,9 @@ def describe(path: str | Path, *, verify: bool = False) -> Description:
         state=manifest.state,
         tensors=manifest.tensors,
         elements=elements,
-        bytes=sum(f.stat().st_size for f in path.iterdir()),
+        bytes=bytes_under(path),
         writers=len(manifest.files),
-        problems=problems,
+        problems=verify_checkpoint(path, data=verify),
         verified=verify,
     )
 

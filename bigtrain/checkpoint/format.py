@@ -5,6 +5,8 @@
         rank_00001.bin    kind, logical name and shape, box, dtype, place, CRC-32 of every 4 MiB
         manifest.json     written last: step, tensors, files (size, CRC-32 of the index), the run's state
 
+In an object store the data files lie one folder deeper, in one of each save's own (bigtrain.checkpoint.objects).
+
 The manifest carries its own CRC-32, the manifest checks the indexes and the indexes check the data, so that a
 flip of any bit is found by whoever reads that part (up to 63 bytes of padding before a box hold nothing).
 Nothing is ever unpickled.
@@ -23,7 +25,8 @@ from typing import Any
 import torch
 
 from bigtrain.checkpoint.boxes import Box, Index
-from bigtrain.errors import RunError, UserError
+from bigtrain.checkpoint.location import out_of_reach, read, reason, remote, size
+from bigtrain.errors import BigtrainError, RunError, UserError
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -42,6 +45,13 @@ DTYPES = {
 
 class DamagedError(RunError):
     """A file of a checkpoint is missing, torn or altered. Another checkpoint may be sound."""
+
+
+def unreadable(e: OSError, path: Path) -> BigtrainError:
+    """The error for a file that cannot be read: damage, unless its store is out of reach and all may be sound."""
+    if remote(path) and not isinstance(e, FileNotFoundError):
+        return out_of_reach(e, path)
+    return DamagedError(f"cannot be read: {reason(e)}", where=str(path))
 
 
 def step_name(step: int) -> str:
@@ -132,14 +142,11 @@ def read_index(folder: Path, file: StoredFile, step: int) -> list[StoredBox]:
     """The boxes of one data file, checked against the manifest's size and checksum. Raises DamagedError."""
     path = folder / file.name
     try:
-        size = path.stat().st_size
-        if size != file.bytes:
-            raise DamagedError(f"has {size} bytes, its manifest says {file.bytes}", where=str(path))
-        with path.open("rb") as f:
-            f.seek(file.index_start)
-            raw = f.read()
+        raw = read(path, file.index_start, file.bytes + 1)  # one more tells whether it is longer
+        if file.index_start + len(raw) != file.bytes:
+            raise DamagedError(f"has {size(path)} bytes, its manifest says {file.bytes}", where=str(path))
     except OSError as e:
-        raise DamagedError(f"cannot be read: {e.strerror}", where=str(path)) from e
+        raise unreadable(e, path) from e
     if zlib.crc32(raw) != file.index_crc32:
         raise DamagedError("its index does not match the manifest's checksum", where=str(path))
     body = json.loads(raw)
@@ -172,9 +179,9 @@ def read_manifest(folder: Path) -> Manifest:
     new."""
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read(path)
     except OSError as e:
-        raise DamagedError(f"cannot be read: {e.strerror}", where=str(path)) from e
+        raise unreadable(e, path) from e
     rest = raw[len(_SEAL % 0) :]
     if raw != _SEAL % zlib.crc32(_SEAL % 0 + rest) + rest:
         raise DamagedError("does not match its own checksum", where=str(path))

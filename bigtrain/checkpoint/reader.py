@@ -23,7 +23,9 @@ from bigtrain.checkpoint.format import (
     StoredBox,
     read_index,
     read_manifest,
+    unreadable,
 )
+from bigtrain.checkpoint.location import Fill, place, reading, remote
 from bigtrain.errors import UserError
 from bigtrain.logical import Logical, Piece, boxes_of_flat_range
 from bigtrain.mesh import Mesh
@@ -34,6 +36,8 @@ Key = tuple[str, str]
 
 # Threads that read, check and copy blocks; each holds one block of BLOCK bytes.
 READERS = min(4, os.cpu_count() or 1)
+# A store answers a request after some 50 ms, whatever the cores: only many at a time fill the line.
+REMOTE_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,21 @@ class Opened:
     """Where every logical tensor's boxes lie: file name and box."""
 
 
-def open_checkpoint(path: Path) -> Opened:
+def open_checkpoint(path: str | Path) -> Opened:
     """Read and check manifest and indexes. Raises DamagedError naming the file."""
+    path = place(path)
     manifest = read_manifest(path)
     boxes: dict[Key, list[tuple[str, StoredBox]]] = defaultdict(list)
-    for file in manifest.files:
-        for stored in read_index(path, file, manifest.step):
-            boxes[stored.tensor.kind, stored.tensor.name].append((file.name, stored))
+    with ThreadPoolExecutor(_readers(path)) as pool:
+        indexes = pool.map(lambda file: read_index(path, file, manifest.step), manifest.files)
+        for file, index in zip(manifest.files, indexes, strict=True):
+            for stored in index:
+                boxes[stored.tensor.kind, stored.tensor.name].append((file.name, stored))
     return Opened(path, manifest, dict(boxes))
+
+
+def _readers(path: Path) -> int:
+    return REMOTE_READERS if remote(path) else READERS
 
 
 def load(
@@ -78,7 +89,7 @@ def load(
     opened: list[Opened] = []
 
     def compare() -> tuple[list[str], bytes]:
-        opened.append(open_checkpoint(Path(path)))
+        opened.append(open_checkpoint(path))
         tensors = opened[0].manifest.tensors
         needed = {(p.kind, p.name) for p in wanted}
         # One byte a tensor: what every rank tells every other must stay small.
@@ -108,7 +119,7 @@ def load_weights(path: str | Path, model: torch.nn.Module, *, verify: bool = Tru
         whole = Logical.whole(name, parameter.shape)
         record: Logical = getattr(parameter, "logical", whole)
         pieces.append(Piece("master", record.name, record.shape, record.offset, parameter.data))
-    opened = open_checkpoint(Path(path))
+    opened = open_checkpoint(path)
     names = {p.name for p in pieces}
     found = _problems(opened, pieces, cast=True)
     found += [
@@ -165,19 +176,12 @@ def read_boxes(opened: Opened, pieces: Sequence[Piece], *, verify: bool) -> None
             raise DamagedError(f"{piece.kind} of {piece.name} is not whole", where=str(opened.path))
     for name, boxes in sorted(jobs.items()):
         path = opened.path / name
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as e:
-            raise DamagedError(f"cannot be read: {e.strerror}", where=str(path)) from e
-        try:
-            tasks = [
-                (stored, number, targets)
-                for _, (stored, targets) in sorted(boxes.items())
-                for number in _needed(stored, targets)
-            ]
-            _run(tasks, fd, path, verify)
-        finally:
-            os.close(fd)
+        tasks = [
+            (stored, number, targets)
+            for _, (stored, targets) in sorted(boxes.items())
+            for number in _needed(stored, targets)
+        ]
+        _run(tasks, path, verify)
 
 
 def _box(piece: Piece) -> Box:
@@ -199,23 +203,33 @@ def _needed(stored: StoredBox, targets: Sequence[Piece]) -> list[int]:
 Task = tuple[StoredBox, int, list[Piece]]
 
 
-def _run(tasks: Sequence[Task], fd: int, path: Path, verify: bool) -> None:
-    """Do the block tasks of one file on READERS threads; the first error in file order is raised."""
+def _run(tasks: Sequence[Task], path: Path, verify: bool) -> None:
+    """Do the block tasks of one file on several threads; the first error in file order is raised."""
+    try:
+        with reading(path) as fill:
+            _share(tasks, fill, path, verify)
+    except OSError as e:
+        raise unreadable(e, path) from e
+
+
+def _share(tasks: Sequence[Task], fill: Fill, path: Path, verify: bool) -> None:
+    """Deal the tasks to threads; few are not worth any in a file, where a block comes at once."""
 
     def work(share: Sequence[Task]) -> None:
         buffer = torch.empty(BLOCK, dtype=torch.uint8)
         for stored, number, targets in share:
-            _read_block(fd, path, stored, number, targets, buffer, verify)
+            _read_block(fill, path, stored, number, targets, buffer, verify)
 
-    if len(tasks) < 2 * READERS:
+    readers = min(_readers(path), len(tasks))
+    if len(tasks) < 2 * READERS and not remote(path):
         work(tasks)
         return
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(work, [tasks[i::READERS] for i in range(READERS)]))
+    with ThreadPoolExecutor(max(readers, 1)) as pool:
+        list(pool.map(work, [tasks[i::readers] for i in range(readers)]))
 
 
 def _read_block(
-    fd: int,
+    fill: Fill,
     path: Path,
     stored: StoredBox,
     number: int,
@@ -227,11 +241,7 @@ def _read_block(
     size = min(BLOCK, stored.bytes - number * BLOCK)
     raw = buffer[:size]
     view = memoryview(raw.numpy().data)
-    try:
-        got = os.preadv(fd, [view], stored.start + number * BLOCK)
-    except OSError as e:
-        raise DamagedError(f"cannot be read: {e.strerror}", where=str(path)) from e
-    if got != size:
+    if fill(view, stored.start + number * BLOCK) != size:
         raise DamagedError(f"ends inside {stored.tensor.kind} of {stored.tensor.name}", where=str(path))
     if verify and zlib.crc32(view) != stored.crcs[number]:
         raise DamagedError(
@@ -252,8 +262,11 @@ def _read_block(
                 target.copy_(source[overlap.within(box.offset)])
 
 
-def verify_checkpoint(path: Path) -> list[str]:
-    """Read every byte of a checkpoint; one sentence for each file that is not as it was written."""
+def verify_checkpoint(path: Path, *, data: bool = True) -> list[str]:
+    """Read every byte of a checkpoint; one sentence for each file that is not as it was written.
+
+    Without `data` only the manifest, the indexes and with them the sizes.
+    """
     try:
         manifest = read_manifest(path)
     except DamagedError as e:
@@ -262,12 +275,8 @@ def verify_checkpoint(path: Path) -> list[str]:
     for file in manifest.files:
         try:
             boxes = read_index(path, file, manifest.step)
-            fd = os.open(path / file.name, os.O_RDONLY)
-            try:
-                blocks: list[Task] = [(stored, i, []) for stored in boxes for i in range(len(stored.crcs))]
-                _run(blocks, fd, path / file.name, verify=True)
-            finally:
-                os.close(fd)
+            blocks: list[Task] = [(stored, i, []) for stored in boxes for i in range(len(stored.crcs))]
+            _run(blocks if data else [], path / file.name, verify=True)
         except DamagedError as e:
             problems.append(str(e))
     return problems

@@ -2,25 +2,24 @@
 
 A save writes into `step_00001000.tmp-XXXX`, where every rank writes one file, then rank 0 the manifest;
 renaming the folder commits. At any moment a crash leaves either the whole checkpoint or a draft that nobody
-reads.
+reads. The folder may also be a URL of an object store, where putting the manifest commits.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bigtrain.checkpoint.agree import together
-from bigtrain.checkpoint.commit import begin, clear_stale, commit, move_aside
-from bigtrain.checkpoint.format import DamagedError, step_name, step_of
-from bigtrain.checkpoint.reader import load, load_weights, open_checkpoint, verify_checkpoint
+from bigtrain.checkpoint.commit import abandon, begin, clear_stale, commit, discard
+from bigtrain.checkpoint.format import MANIFEST, DamagedError, step_name, step_of
+from bigtrain.checkpoint.location import exists, names, out_of_reach, place, reason, remote
+from bigtrain.checkpoint.reader import load, load_weights, verify_checkpoint
 from bigtrain.checkpoint.writer import bytes_of, write_file
-from bigtrain.errors import RunError
+from bigtrain.errors import BigtrainError, RunError
 from bigtrain.logical import Piece
 from bigtrain.mesh import Mesh
 
@@ -36,6 +35,8 @@ __all__ = [
     "save",
 ]
 
+_log = logging.getLogger(__name__)
+
 
 def save(root: str | Path, step: int, pieces: Iterable[Piece], state: dict[str, Any], mesh: Mesh) -> Path:
     """Write root/step_NNNNNNNN (collective); returns its path once it is committed and on the disk.
@@ -44,7 +45,7 @@ def save(root: str | Path, step: int, pieces: Iterable[Piece], state: dict[str, 
     rank 0's. Raises RunError on every rank when one rank cannot write or an element is missing or doubled;
     the draft is removed and older checkpoints stay as they are. A former checkpoint of this step is replaced.
     """
-    root = Path(root)
+    root = place(root)
     mine = list(pieces)
     needed = int(mesh.sum([bytes_of(mine)])[0])
     final = root / step_name(step)
@@ -56,15 +57,21 @@ def save(root: str | Path, step: int, pieces: Iterable[Piece], state: dict[str, 
         together(mesh, lambda: commit(draft, final, files, step, state) if mesh.first else None)
     finally:
         if mesh.first:
-            shutil.rmtree(draft, ignore_errors=True)  # still there only when the save failed
-            os.close(lock)
+            abandon(draft, lock)
     return final
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
     """Committed checkpoints, oldest step first; whether they are sound is not looked at."""
-    root = Path(root)
-    found = [p for p in root.iterdir() if step_of(p.name) is not None] if root.is_dir() else []
+    root = place(root)
+    try:
+        found = [root / name for name in names(root) if step_of(name) is not None]
+        if remote(root):
+            found = [path for path in found if exists(path / MANIFEST)]
+    except OSError as e:
+        if not remote(root):
+            raise
+        raise out_of_reach(e, root) from e  # "there are none" would start a run over
     return sorted(found, key=lambda p: step_of(p.name) or 0)
 
 
@@ -75,19 +82,11 @@ def newest(root: str | Path, verify: bool = True) -> tuple[Path | None, list[str
     """
     warnings: list[str] = []
     for path in reversed(list_checkpoints(root)):
-        problems = verify_checkpoint(path) if verify else _outside_problems(path)
+        problems = verify_checkpoint(path, data=verify)
         if not problems:
             return path, warnings
         warnings += [f"skipped {path.name}: {problem}" for problem in problems]
     return None, warnings
-
-
-def _outside_problems(path: Path) -> list[str]:
-    try:
-        open_checkpoint(path)
-    except DamagedError as e:
-        return [str(e)]
-    return []
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,17 @@ class Resumed:
 
 
 def resume(
-    root: str | Path, pieces: Callable[[], Iterable[Piece]], mesh: Mesh, *, verify: bool = True
+    root: str | Path,
+    pieces: Callable[[], Iterable[Piece]],
+    mesh: Mesh,
+    *,
+    verify: bool = True,
+    on_damage: Literal["older", "stop"] = "older",
 ) -> Resumed | None:
     """Fill `pieces()` from the newest sound checkpoint (collective), reading once; None if there is none.
 
     Raises UserError when it is of another model or optimizer, RunError when checkpoints exist but none is
-    sound.
+    sound, or when the newest is not and `on_damage` is "stop".
     """
     paths = together(mesh, lambda: list_checkpoints(root) if mesh.first else [])[0]
     warnings: list[str] = []
@@ -114,6 +118,12 @@ def resume(
         try:
             return Resumed(path, load(path, pieces(), verify=verify, mesh=mesh), warnings)
         except DamagedError as e:
+            if on_damage == "stop":
+                raise RunError(
+                    f"the newest checkpoint is damaged, and checkpoint.on_damage is stop\n    {e}",
+                    where=str(path),
+                    do="restore the file, or go on from an older one: --set checkpoint.on_damage=older",
+                ) from e
             warnings.append(f"skipped {path.name}: {e}")
     if warnings:
         raise RunError(
@@ -133,19 +143,30 @@ def prune(root: str | Path, keep_last: int, keep_every: int = 0) -> list[Path]:
     """
     if keep_last < 1:
         raise ValueError("keep_last is at least 1")
+    root = place(root)
     removed: list[Path] = []
-    kept = 0
-    for path in reversed(list_checkpoints(root)):
-        step = step_of(path.name) or 0
-        if kept < keep_last:
-            kept += not _outside_problems(path)
-        elif not (keep_every and step % keep_every == 0):
+    try:  # one rank must not die of this while the others train on
+        for path in _surplus(root, keep_last, keep_every):
             try:
-                move_aside(path, "pruned")
-            except OSError as e:  # one rank must not die of this while the others train on
-                logging.getLogger(__name__).warning("%s stays: %s", path, e.strerror)
+                discard(path)
+            except OSError as e:
+                _log.warning("%s stays: %s", path, reason(e))
                 continue
             removed.append(path)
-    if removed:
-        clear_stale(Path(root))
+        if removed:
+            clear_stale(root)
+    except (OSError, BigtrainError) as e:
+        _log.warning("old checkpoints of %s stay: %s", root, e)
     return removed
+
+
+def _surplus(root: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Checkpoints that `prune` removes, newest first."""
+    found: list[Path] = []
+    kept = 0
+    for path in reversed(list_checkpoints(root)):
+        if kept < keep_last:
+            kept += not verify_checkpoint(path, data=False)
+        elif not (keep_every and (step_of(path.name) or 0) % keep_every == 0):
+            found.append(path)
+    return found

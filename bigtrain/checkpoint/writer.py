@@ -6,7 +6,9 @@ import errno
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -20,6 +22,7 @@ from bigtrain.checkpoint.format import (
     index_bytes,
     sync_folder,
 )
+from bigtrain.checkpoint.location import advice, reason, remote, upload
 from bigtrain.errors import RunError
 from bigtrain.logical import Piece, boxes_of_flat_range
 
@@ -33,7 +36,7 @@ def write_file(path: Path, pieces: Sequence[Piece], *, step: int, rank: int) -> 
     """Write and sync one rank's pieces. Raises RunError with the bytes needed when the system refuses."""
     boxes: list[StoredBox] = []
     try:
-        with path.open("wb") as f:
+        with _created(path) as f:
             for piece in pieces:
                 f.write(bytes(-f.tell() % ALIGNMENT))
                 start = f.tell()
@@ -48,17 +51,31 @@ def write_file(path: Path, pieces: Sequence[Piece], *, step: int, rank: int) -> 
             index = index_bytes(step, rank, boxes)
             index_start = f.tell()
             f.write(index)
-            f.flush()
-            os.fsync(f.fileno())
-        sync_folder(path.parent)
     except OSError as e:
         raise write_refused(e, path, bytes_of(pieces)) from e
     return StoredFile(path.name, rank, index_start + len(index), index_start, zlib.crc32(index))
 
 
+@contextmanager
+def _created(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, safely stored when the block ends."""
+    if remote(path):
+        with upload(path) as f:
+            yield f
+        return
+    with path.open("wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    sync_folder(path.parent)
+
+
 def write_refused(e: OSError, path: Path, needed: int) -> RunError:
     """The error for a file that could not be written: errno's text, bytes needed and free, what to do."""
-    text = e.strerror or str(e)
+    again = "then run the same command again: it resumes from the newest checkpoint, which is intact"
+    if remote(path):
+        what = f"could not be written: {reason(e)} (this file needs {needed / 1e6:,.1f} MB)"
+        return RunError(what, where=str(path), do=f"{advice(e)}; {again}")
     try:
         space = os.statvfs(path.parent)
         free = f", {space.f_bavail * space.f_frsize / 1e6:,.1f} MB are free"
@@ -72,9 +89,9 @@ def write_refused(e: OSError, path: Path, needed: int) -> RunError:
         errno.EACCES: "give yourself the right to write there",
     }.get(e.errno or 0, "check the file system")
     return RunError(
-        f"could not be written: {text} (this file needs {needed / 1e6:,.1f} MB{free})",
+        f"could not be written: {reason(e)} (this file needs {needed / 1e6:,.1f} MB{free})",
         where=str(path),
-        do=f"{do}, then run the same command again: it resumes from the newest checkpoint, which is intact",
+        do=f"{do}, {again}",
     )
 
 

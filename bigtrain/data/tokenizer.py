@@ -85,6 +85,11 @@ class Tokenizer:
         return int(self._sp.eos_id())
 
     @property
+    def pad_id(self) -> int:
+        """Id that fills rows up; -1 if the model has none."""
+        return int(self._sp.pad_id())
+
+    @property
     def mask_id(self) -> int | None:
         """Id that hides a token in the masked objective; None if the model has no control piece <mask>."""
         found = int(self._sp.piece_to_id("<mask>"))
@@ -97,7 +102,7 @@ class Tokenizer:
         return tuple(i for i in ids if self._sp.is_control(i) or self._sp.is_unknown(i))
 
     @cached_property
-    def _exact(self) -> bool:
+    def exact(self) -> bool:
         """True if text survives unchanged and no piece crosses a newline: cutting there changes nothing."""
         probe = "a  b\t\r\n\n \ufb01\u2460 "
         return (
@@ -117,7 +122,7 @@ class Tokenizer:
     def _space_ids(self) -> Tokens | None:
         """The character U+2581 as its three bytes; None if this model cannot say it exactly."""
         ids = [int(self._sp.piece_to_id(piece)) for piece in _SPACE_BYTES]
-        known = self._exact and all(self._sp.is_byte(i) for i in ids)
+        known = self.exact and all(self._sp.is_byte(i) for i in ids)
         return np.array(ids, np.int32) if known else None
 
     def encode(self, text: str) -> Tokens:
@@ -143,7 +148,7 @@ class Tokenizer:
 
     def _cut(self, text: str, parts: list[str]) -> list[int]:
         """Append to `parts` what has to be encoded separately; return the parts of this text in order."""
-        if not self._exact:
+        if not self.exact:
             parts.append(text)
             return [len(parts) - 1]
         indexes: list[int] = []

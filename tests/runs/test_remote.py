@@ -1,0 +1,29 @@
+"""A run whose checkpoints lie in an object store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bigtrain.checkpoint import store
+from tests.runs.conftest import Tiny, losses_of
+
+
+@pytest.mark.runs
+def test_a_whole_run_saves_to_the_store_and_goes_on_from_there(s3: str, tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [f"checkpoint.folder={s3}", "optim.schedule=constant", "train.eval_every=0"]
+    for steps, processes in ((4, 2), (8, 1)):
+        done = tiny.train(run, *settings, f"train.steps={steps}", processes=processes)
+        assert done.code == 0, done.err
+    assert "resumed from step_00000004" in done.out
+    assert f"in {s3}" in done.out
+    assert len(losses_of(run)) == 8
+    assert not (run / "checkpoints").exists()
+    assert [p.name for p in store.list_checkpoints(s3)] == [f"step_0000000{step}" for step in (4, 5, 8)]
+    assert tiny("inspect", str(run), "--verify").out.count("health      sound") == 3
+    assert tiny("generate", str(run), "--max-new-tokens", "4").code == 0
+    refused = tiny("generate", f"{s3}/step_00000008")
+    assert refused.code == 2
+    assert "give the run directory" in refused.err
