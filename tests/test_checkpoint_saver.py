@@ -183,7 +183,9 @@ def three_ranks(folder: str) -> None:
     saver.start(3, split(tensors(3), mesh.rank, mesh.world), {"step": 3})
     while not mesh.sum([saver.failed])[0]:
         time.sleep(0.02)
-    with pytest.raises(RunError, match=r"(?s)^rank 1, .*rank_00001.bin: could not be written: File too large"):
+    with pytest.raises(
+        RunError, match=r"(?s)^rank 1, .*rank_00001.bin: could not be written: File too large"
+    ):
         saver.settle()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     saver.start(4, split(tensors(4), mesh.rank, mesh.world), {"step": 4})

@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import planted
 from tests.runs.layout_cases import MODELS, grid, name_of, pairs, pairwise, run_of
-from tests.runs.parity import BOUNDS, Case, differences, excess, reference, run_cases
+from tests.runs.parity import BOUNDS, REPLICAS, Case, differences, excess, reference, run_cases
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = {2: 20, 4: 8, 8: 4}
@@ -105,7 +105,7 @@ def rounding(case: Case) -> dict[str, float]:
         "gradients": noise,
         "learned": 2 * noise**0.5,
         "held out": ulp / 4,
-        "replicas apart": 0.0,
+        "replicas apart": REPLICAS,
     }
 
 
