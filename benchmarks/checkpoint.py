@@ -108,10 +108,15 @@ def ratios(save: dict[str, Case]) -> Case:
 def show(report: Case) -> None:
     """The tables."""
     size = report["save"]["ours"]["state_bytes"] / 1e6
-    print(f"\nsave {size:,.0f} MB on 2 ranks        blocked s   total s   bytes/state   extra memory MB")
+    print(
+        f"\nsave {size:6,.0f} MB on 2 ranks      blocked s (the first)  total s   bytes/state   extra MB (the first)"
+    )
     for name, s in report["save"].items():
         ratio = s["bytes"] / s["state_bytes"]
-        print(f"{name:34} {s['blocked']:8.3f} {s['total']:9.3f} {ratio:13.5f} {s['memory'] / 1e6:17,.1f}")
+        print(
+            f"{name:34} {s['blocked']:6.3f} ({s['first_blocked']:6.3f}) {s['total']:12.3f} {ratio:13.5f} "
+            f"{s['memory'] / 1e6:10,.1f} ({s['first_memory'] / 1e6:,.1f})"
+        )
     for ranks, found in report["load"].items():
         print(f"\nload on {ranks:26}    total s   extra memory MB")
         for name, s in found.items():

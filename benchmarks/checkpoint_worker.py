@@ -128,7 +128,8 @@ def save(mesh: Mesh, folder: Path, millions: int, rounds: int) -> dict[str, list
     }
     size = mesh.sum([sum(p.tensor.nbytes for p in pieces)])[0]
     found: dict[str, list[Case]] = {name: [] for name in ways}
-    for number in range(-1, rounds):  # the first is not counted: files, buffers and caches are made
+    first: dict[str, dict[str, float]] = {}
+    for number in range(-1, rounds):  # the first is told apart: files, buffers and caches are made
         step = number + 1
         for name in list(ways)[:: 1 if number % 2 else -1]:
             where, way = ways[name]
@@ -142,16 +143,17 @@ def save(mesh: Mesh, folder: Path, millions: int, rounds: int) -> dict[str, list
                 total = time.perf_counter() - began
             written = sum(f.stat().st_size for f in newest(folder / where).rglob("*") if f.is_file())
             blocked, memory = map(max, zip(*mesh.gather((blocked, resident.rise)), strict=True))
-            if number >= 0:
-                found[name].append(
-                    {
-                        "blocked": blocked,
-                        "total": total,
-                        "bytes": written,
-                        "state_bytes": size,
-                        "memory": memory,
-                    }
-                )
+            case = {
+                "blocked": blocked,
+                "total": total,
+                "bytes": written,
+                "state_bytes": size,
+                "memory": memory,
+            }
+            if number < 0:
+                first[name] = {"first_blocked": blocked, "first_memory": memory}
+            else:
+                found[name].append(case | first[name])
             mesh.barrier()
             if mesh.first and number < rounds - 1:  # the last ones are loaded
                 shutil.rmtree(newest(folder / where))
