@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint.format import sync_folder
+from bigtrain.checkpoint.location import local
 from bigtrain.checkpoint.reader import open_checkpoint
 from bigtrain.config import ModelConfig
 from bigtrain.configfile import load
@@ -60,7 +61,7 @@ def export(
     back bit for bit instead. Raises UserError when no Hugging Face family is this model, or `out` holds something;
     RunError when the disk is full or the comparison fails. `out` is then as before.
     """
-    out = Path(out)
+    out = local(str(out), "--to")
     folder, checkpoint, warnings = find_checkpoint(Path(run))
     config = load(folder / "config.toml")
     m = config.model

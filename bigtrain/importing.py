@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from bigtrain.checkpoint.location import local
 from bigtrain.config import Config, ModelConfig
 from bigtrain.configfile import build, find_config, load, render
 from bigtrain.data.files import write_whole
@@ -49,7 +50,7 @@ def import_weights(
     naming every tensor that is missing, extra or of another shape, when the family is none of ours, and when `out`
     exists.
     """
-    folder = Path(folder)
+    folder = local(str(folder), "DIR")
     if not folder.is_dir():
         raise UserError("is no folder", where=str(folder), do="give the directory that holds the weights")
     given = load(find_config(config)) if config else None

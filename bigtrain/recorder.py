@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigtrain.budget import Progress
@@ -13,6 +15,7 @@ from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import prune, resume
 from bigtrain.console import Console, Startup, summary
 from bigtrain.engine import StepResult, engine_name
+from bigtrain.errors import UserError
 from bigtrain.grid import layout_notes
 from bigtrain.heldout import HeldOut
 from bigtrain.interop.initial import start_from
@@ -58,6 +61,7 @@ class Recorder:
             on_damage=parts.config.checkpoint.on_damage,
         )
         if found is not None:
+            self._same_samples(found.state, found.path)
             parts.engine.loaded(found.state["engine"])
             self.progress = Progress(**found.state["progress"])
             self.run.notes.extend(found.warnings)
@@ -71,6 +75,30 @@ class Recorder:
         together(parts.mesh, lambda: self.run.begin(first))
         self.startup.done("resume")
         return self.progress
+
+    def _same_samples(self, state: Mapping[str, Any], path: Path) -> None:
+        """UserError when the checkpoint's run read other samples: its folder may be older than this run directory."""
+        ours = self._samples()
+        differ = [
+            f"{key}: {state[key]} there, {ours[key]} here"
+            for key in ours
+            if state.get(key, ours[key]) != ours[key]
+        ]
+        if differ:
+            raise UserError(
+                "is of a run over other samples\n    " + "\n    ".join(differ),
+                where=str(path),
+                do="give the data and seed that it was trained with, or another checkpoint.folder",
+            )
+
+    def _samples(self) -> dict[str, Any]:
+        """What decides which tokens sample number g holds."""
+        config = self.parts.config
+        return {
+            "data": self.parts.corpus.manifest_hash,
+            "seed": config.train.seed,
+            "sequence_length": config.data.sequence_length,
+        }
 
     def begin(self, progress: Progress, total_steps: int, peak: Suggestion) -> None:
         """Open the sinks and the console, tell what is about to happen. All ranks learn of a failure."""
@@ -161,7 +189,7 @@ class Recorder:
             "progress": asdict(progress),
             "engine": parts.engine.extra_state(),
             "model": config.model.model_dump(),
-            "data": parts.corpus.manifest_hash,
+            **self._samples(),
             "layout": {
                 "world": parts.mesh.world,
                 "axes": str(parts.mesh.grid),

@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.format import sync_folder, write_synced
-from bigtrain.checkpoint.location import folder_of, make_ready
+from bigtrain.checkpoint.location import folder_of, make_ready, remote
 from bigtrain.checkpoint.store import list_checkpoints
 from bigtrain.config import Config
 from bigtrain.configfile import load, render
@@ -57,7 +57,7 @@ class RunDir:
     aside."""
     checkpoints: Path
     """Folder of the checkpoints; in an object store when checkpoint.folder is a URL."""
-    _lock: IO[str] | None = field(default=None, repr=False)
+    _locks: list[IO[str]] = field(default_factory=list, repr=False)
     _log: logging.Handler | None = field(default=None, repr=False)
 
     @staticmethod
@@ -86,7 +86,7 @@ class RunDir:
             return _take(path, config, fresh, data, facts, locks) if mesh.first else (0, [])
 
         attempt, notes = together(mesh, take)[0]
-        run = RunDir(path, mesh, attempt, notes, folders[0], _lock=locks[0] if locks else None)
+        run = RunDir(path, mesh, attempt, notes, folders[0], _locks=locks)
         run._start_log()
         return run
 
@@ -120,10 +120,11 @@ class RunDir:
             logging.captureWarnings(False)
             logging.getLogger().removeHandler(self._log)
             self._log.close()
-        if self._lock is not None:
-            self._lock.truncate(0)
-            self._lock.close()
-        self._log = self._lock = None
+        for lock in self._locks:
+            lock.truncate(0)
+            lock.close()
+        self._log = None
+        self._locks.clear()
 
     def _start_log(self) -> None:
         """Send this rank's logging (bigtrain's, torch's, DeepSpeed's) and warnings to a file of its own."""
@@ -172,6 +173,8 @@ def _take(
                 do="give this one another --run-dir, or start over with --fresh (moves the run there aside)",
             )
         make_ready(checkpoints)
+        if config.checkpoint.folder and not remote(checkpoints):
+            locks.append(_locked(checkpoints, "checkpoint.folder", "folder of checkpoints"))
     except BaseException:
         lock.close()
         raise
@@ -219,8 +222,8 @@ def _refuse_to_lose(former: Path, checkpoints: Path) -> None:
 _LOCK = ".lock"
 
 
-def _locked(path: Path) -> IO[str]:
-    """Lock the run for this process; its end, however violent, gives the lock back."""
+def _locked(path: Path, given_by: str = "--run-dir", what: str = "run directory") -> IO[str]:
+    """Lock a folder of the run for this process; its end, however violent, gives the lock back."""
     lock = (path / _LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -229,9 +232,9 @@ def _locked(path: Path) -> IO[str]:
         owner = lock.read().strip() or "another process"
         lock.close()
         raise UserError(
-            f"{owner} is training in this run directory",
+            f"{owner} is training in this {what}",
             where=str(path),
-            do="wait for it or stop it, or give this run another --run-dir",
+            do=f"wait for it or stop it, or give this run another {given_by}",
         ) from e
     except OSError:
         logging.getLogger(__name__).warning(

@@ -366,6 +366,16 @@ def test_a_full_disk_is_told_before_it_is_filled(small_disk: Path) -> None:
     assert [p.name for p in small_disk.iterdir()] == ["step_00000001"]
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_became_read_only(small_disk: Path, asynchronous: bool) -> None:
+    first = store.save(small_disk, 1, million(1.0, 2), {}, ONE)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    saver = Saver(small_disk, ONE, asynchronous=asynchronous)
+    with pytest.raises(RunError, match=r"Read-only file system.*\n.*choose another run directory"):
+        saver.start(2, million(2.0, 2), {})
+    assert store.newest(small_disk) == (first, [])
+
+
 def test_a_disk_that_fills_up_while_writing(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = store.save(small_disk, 1, million(1.0, 2), {}, ONE)
     real = writer.write_file

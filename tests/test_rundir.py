@@ -199,6 +199,17 @@ def two_ranks(folder: str) -> None:
     mesh.close()
 
 
+def test_two_runs_cannot_share_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    shared = config(f"checkpoint.folder={tmp_path / 'kept'}")
+    first = RunDir.open(tmp_path / "a", shared)
+    with pytest.raises(
+        UserError, match=r"is training in this folder of checkpoints\n.*another checkpoint.folder"
+    ):
+        RunDir.open(tmp_path / "b", shared)
+    first.close()
+    RunDir.open(tmp_path / "b", shared).close()
+
+
 def test_two_ranks_share_a_run_directory(tmp_path: Path) -> None:
     program = "import sys; from tests.test_rundir import two_ranks; two_ranks(sys.argv[1])"
     run_world(["-c", program, str(tmp_path)], 2)

@@ -59,6 +59,17 @@ def folder_of(run: Path, config: Config) -> Path:
     return place(config.checkpoint.folder) if config.checkpoint.folder else run / "checkpoints"
 
 
+def local(where: str, key: str) -> Path:
+    """The path of something that must lie in a file system. UserError for a URL, which would be taken for a folder."""
+    if "://" in where:
+        raise UserError(
+            f"{where} is not in a file system; only checkpoints may lie in a store",
+            where=key,
+            do="copy it (`aws s3 cp --recursive`, `gcloud storage cp -r`), and give the local folder",
+        )
+    return Path(where)
+
+
 def make_ready(folder: Path) -> None:
     """Make the folder, or learn at the start, not after hours at the first save, that it cannot be written."""
     if not remote(folder):

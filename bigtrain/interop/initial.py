@@ -15,6 +15,7 @@ import torch
 
 from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.boxes import Box, Index
+from bigtrain.checkpoint.location import local
 from bigtrain.config import Config, ModelConfig
 from bigtrain.engine import Engine
 from bigtrain.errors import UserError
@@ -138,7 +139,7 @@ def init_from(path: str | Path, pieces: Iterable[Piece], model: ModelConfig, mes
     run's [model] has otherwise without changing any tensor. Raises UserError on every rank when the directory
     does not hold this model.
     """
-    folder = Path(path)
+    folder = local(str(path), "train.init_from")
 
     def fill() -> list[str]:
         found = find_parameters(folder, model)

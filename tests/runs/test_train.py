@@ -106,6 +106,21 @@ def test_two_processes_draw_the_same_curve_and_continue_on_one(
     assert losses_of(run) == pytest.approx(losses_of(constant), rel=1e-5)
 
 
+def test_the_global_batch_may_change_and_no_sample_is_lost_or_read_twice(tiny: Tiny, tmp_path: Path) -> None:
+    # At a learning rate of almost nothing the loss only tells which samples a step read.
+    still = ("optim.lr=1e-12", "train.eval_every=0")
+    assert tiny.train(tmp_path / "one", *still, "train.steps=8").code == 0
+    assert tiny.train(tmp_path / "two", *still, "train.steps=4").code == 0
+    done = tiny.train(tmp_path / "two", *still, "train.steps=12", "train.global_batch=4", processes=2)
+    assert done.code == 0, done.err
+    assert "train.global_batch: 8 in the run, 4 now" in done.out
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert two[:4] == one[:4]
+    halves = [(two[i] + two[i + 1]) / 2 for i in range(4, 12, 2)]
+    assert halves == pytest.approx(one[4:], rel=1e-6)
+    assert steps_of(tmp_path / "two")[12]["tokens"] == steps_of(tmp_path / "one")[8]["tokens"]
+
+
 def test_the_clock_asks_for_saves_too(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     by_time = ["checkpoint.every_steps=0", "checkpoint.every_minutes=0.00001", "checkpoint.keep_last=1"]
@@ -214,6 +229,20 @@ def test_another_model_is_refused_with_the_difference(tiny: Tiny, whole: Path) -
     assert "model.layers" in refused.err
     assert "--fresh" in refused.err
     assert before == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_checkpoints_of_a_lost_run_directory_are_taken_up_and_others_refused(
+    tiny: Tiny, whole: Path, tmp_path: Path
+) -> None:
+    folder = f"checkpoint.folder={tmp_path / 'kept'}"
+    shutil.copytree(whole / "checkpoints", tmp_path / "kept")
+    refused = tiny.train(tmp_path / "a", folder, "train.seed=5")
+    assert refused.code == 2
+    assert "is of a run over other samples" in refused.err
+    assert "seed: 1 there, 5 here" in refused.err
+    done = tiny.train(tmp_path / "b", folder, "train.steps=31")
+    assert done.code == 0, done.err
+    assert "resumed from step_00000030" in done.out
 
 
 def test_fresh_moves_the_former_run_aside(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
