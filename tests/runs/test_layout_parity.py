@@ -132,7 +132,7 @@ PLANTED = {
 
 def test_every_check_fails_on_the_error_it_is_there_for(tmp_path: Path) -> None:
     cases = [
-        special(error, steps=4, layout=layout, model={"tied": False}, plant=error)
+        special(error, steps=10, layout=layout, model={"tied": False}, plant=error)
         for error, (layout, _) in PLANTED.items()
     ]
     shuffled = SIXTEEN[4] | {"name": "shuffled gradient", "steps": 4, "plant": "shuffled gradient"}
