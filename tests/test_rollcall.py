@@ -203,9 +203,9 @@ def test_differences_of_texts() -> None:
 
 
 def test_ranks_in_words() -> None:
-    assert rollcall._ranks([3]) == "rank 3"
-    assert rollcall._ranks([9, 8, 1, 10]) == "ranks 1, 8-10"
-    assert rollcall._ranks(range(0, 100, 2)) == "ranks 0, 2, 4, 6, 8, 10, 12, 14, 16, 18 ... (50 ranks)"
+    assert rollcall.ranks_named([3]) == "rank 3"
+    assert rollcall.ranks_named([9, 8, 1, 10]) == "ranks 1, 8-10"
+    assert rollcall.ranks_named(range(0, 100, 2)) == "ranks 0, 2, 4, 6, 8, 10, 12, 14, 16, 18 ... (50 ranks)"
 
 
 def test_the_digest_follows_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
