@@ -19,15 +19,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bigtrain.checkpoint.agree import together
-from bigtrain.checkpoint.commit import abandon, begin, commit
-from bigtrain.checkpoint.format import StoredFile, step_name
-from bigtrain.checkpoint.location import place
-from bigtrain.checkpoint.store import save
+from bigtrain.checkpoint.commit import abandon, commit
+from bigtrain.checkpoint.format import ALIGNMENT, StoredFile
+from bigtrain.checkpoint.store import Draft, begin_together, save
 from bigtrain.checkpoint.writer import bytes_of, write_file
 from bigtrain.errors import RunError
 from bigtrain.logical import Piece
@@ -35,7 +34,6 @@ from bigtrain.mesh import COLLECTIVE_TIMEOUT, Mesh
 from bigtrain.rollcall import ranks_named
 
 _log = logging.getLogger(__name__)
-_ALIGNMENT = 64
 _LINGER = 10.0
 """Seconds that rank 0 waits for the other ranks' files when the run is failing."""
 
@@ -49,22 +47,6 @@ class Saved:
     """Seconds that training stood still."""
     seconds: float
     """From the start of the save to its commit."""
-
-
-class Draft(NamedTuple):
-    """A save under way: where this rank writes, and what rank 0 makes of it."""
-
-    path: Path
-    final: Path
-    lock: int
-    """Rank 0's; -1 on the others."""
-    step: int
-    rank: int
-
-    @property
-    def file(self) -> Path:
-        """This rank's data file."""
-        return self.path / f"rank_{self.rank:05d}.bin"
 
 
 class Saver:
@@ -103,11 +85,7 @@ class Saver:
             path = save(self.root, step, mine, state, self.mesh)
             self._end(path, began, time.perf_counter() - began)
             return
-        final = place(self.root) / step_name(step)
-        name, lock = together(self.mesh, lambda: begin(final, int(needed)) if self.mesh.first else ("", -1))[
-            0
-        ]
-        draft = Draft(final.parent / name, final, lock, step, self.mesh.rank)
+        draft = begin_together(self.root, step, int(needed), self.mesh)
         blocked = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._run,
@@ -187,24 +165,24 @@ class Saver:
     def _meet(self, key: str, record: StoredFile | None) -> list[dict[str, Any] | None]:
         """Hand the record of this rank's file to rank 0; on rank 0 those of the others. Raises RunError."""
         if self.mesh.first:
-            return [json.loads(text) for text in self._others(key)]
+            return self._others(key)
         self._store.queue_push(key, json.dumps(record and asdict(record)))
         return []
 
-    def _others(self, key: str) -> list[str]:
+    def _others(self, key: str) -> list[dict[str, Any] | None]:
         """What all other ranks handed over. Raises RunError naming those that did not."""
-        found: list[str] = []
+        found: list[dict[str, Any] | None] = []
         deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
         pause = 0.01
         while len(found) < self.mesh.world - 1:
             if self._store.queue_len(key):
-                found.append(self._store.queue_pop(key).decode())
+                found.append(json.loads(self._store.queue_pop(key)))
                 continue
             if self._leaving.is_set():
                 deadline = min(deadline, time.monotonic() + _LINGER)
                 self._leaving.clear()
             if time.monotonic() > deadline:
-                came = {json.loads(text)["rank"] for text in found if text != "null"} | {0}
+                came = {record["rank"] for record in found if record} | {0}
                 missing = ranks_named(sorted(set(range(self.mesh.world)) - came))
                 raise RunError(
                     f"nothing was saved: {missing} of {self.mesh.world} did not write in time",
@@ -228,7 +206,7 @@ class HostMemory:
         starts, end = [], 0
         for piece in pieces:
             starts.append(end)
-            end += -(-piece.tensor.numel() * piece.tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+            end += -(-piece.tensor.numel() * piece.tensor.element_size() // ALIGNMENT) * ALIGNMENT
         if self._buffer.numel() < end:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is asked for
             self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self.pinned)

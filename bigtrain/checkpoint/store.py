@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.commit import abandon, begin, clear_stale, commit, discard
@@ -38,6 +38,29 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
+class Draft(NamedTuple):
+    """A save under way: where this rank writes, and what rank 0 makes of it."""
+
+    path: Path
+    final: Path
+    lock: int
+    """Rank 0's; -1 on the others."""
+    step: int
+    rank: int
+
+    @property
+    def file(self) -> Path:
+        """This rank's data file."""
+        return self.path / f"rank_{self.rank:05d}.bin"
+
+
+def begin_together(root: str | Path, step: int, needed: int, mesh: Mesh) -> Draft:
+    """Rank 0 makes the draft of root/step_NNNNNNNN, all learn where it is (collective). Raises as `save`."""
+    final = place(root) / step_name(step)
+    name, lock = together(mesh, lambda: begin(final, needed) if mesh.first else ("", -1))[0]
+    return Draft(final.parent / name, final, lock, step, mesh.rank)
+
+
 def save(root: str | Path, step: int, pieces: Iterable[Piece], state: dict[str, Any], mesh: Mesh) -> Path:
     """Write root/step_NNNNNNNN (collective); returns its path once it is committed and on the disk.
 
@@ -45,20 +68,15 @@ def save(root: str | Path, step: int, pieces: Iterable[Piece], state: dict[str, 
     rank 0's. Raises RunError on every rank when one rank cannot write or an element is missing or doubled;
     the draft is removed and older checkpoints stay as they are. A former checkpoint of this step is replaced.
     """
-    root = place(root)
     mine = list(pieces)
-    needed = int(mesh.sum([bytes_of(mine)])[0])
-    final = root / step_name(step)
-    name, lock = together(mesh, lambda: begin(final, needed) if mesh.first else ("", -1))[0]
-    draft = root / name
+    draft = begin_together(root, step, int(mesh.sum([bytes_of(mine)])[0]), mesh)
     try:
-        path = draft / f"rank_{mesh.rank:05d}.bin"
-        files = together(mesh, lambda: write_file(path, mine, step=step, rank=mesh.rank))
-        together(mesh, lambda: commit(draft, final, files, step, state) if mesh.first else None)
+        files = together(mesh, lambda: write_file(draft.file, mine, step=step, rank=draft.rank))
+        together(mesh, lambda: commit(draft.path, draft.final, files, step, state) if mesh.first else None)
     finally:
         if mesh.first:
-            abandon(draft, lock)
-    return final
+            abandon(draft.path, draft.lock)
+    return draft.final
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
