@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bigtrain.config import Config
 from bigtrain.engine import make_engine
 from bigtrain.grid import grid_of
 from bigtrain.mesh import Mesh, build_axes, rendezvous
@@ -27,8 +28,7 @@ Case = dict[str, Any]
 def run(case: Case, world: Mesh) -> Case:
     """The logical tensors before the first step, after it and at the end; losses and norms; a held-out sum."""
     config = make_config(**case["config"])
-    grid = grid_of(config, world.world)
-    mesh = replace(world, grid=grid, axes=build_axes(grid, world.rank))
+    mesh = laid_over(config, world)
     with planted.error(case.get("plant", ""), mesh):
         engine = make_engine(make_model(config, "meta"), config, mesh)
         found: Case = {"start": gathered(engine, mesh)}
@@ -45,6 +45,14 @@ def run(case: Case, world: Mesh) -> Case:
         found["apart"] = apart(engine, mesh)
         engine.close()
     return found
+
+
+def laid_over(config: Config, world: Mesh) -> Mesh:
+    """The grid that a config asks for, over the ranks of a world that has met once for many configs."""
+    if world.world == 1:
+        return world
+    grid = grid_of(config, world.world)
+    return replace(world, grid=grid, axes=build_axes(grid, world.rank))
 
 
 def apart(engine: Any, mesh: Mesh) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import torch
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import resume
 from bigtrain.engine import make_engine
-from bigtrain.grid import grid_of
-from bigtrain.mesh import Mesh, build_axes, rendezvous
+from bigtrain.mesh import Mesh, rendezvous
 from tests.runs.engine_parts import STEPS, make_config, make_model, train
+from tests.runs.layout_worker import laid_over
 
 MIDDLE = STEPS // 2
 
@@ -28,10 +27,8 @@ MIDDLE = STEPS // 2
 def run(job: dict[str, Any], world: Mesh) -> dict[str, Any]:
     """The curve of the second half (of both halves when saving)."""
     config = make_config(**job["config"])
-    grid = grid_of(config, world.world)
-    mesh = replace(world, grid=grid, axes=build_axes(grid, world.rank)) if world.world > 1 else world
+    mesh = laid_over(config, world)
     engine = make_engine(make_model(config, "meta"), config, mesh)
-    found: dict[str, Any] = {}
     if job["do"] == "save":
         saver = Saver(Path(job["checkpoints"]), mesh)
         train(engine, range(MIDDLE), mesh)
@@ -40,7 +37,7 @@ def run(job: dict[str, Any], world: Mesh) -> dict[str, Any]:
         found_checkpoint = resume(job["checkpoints"], lambda: engine.pieces(owned=False), mesh)
         assert found_checkpoint is not None
         engine.loaded(found_checkpoint.state["engine"])
-    found = train(engine, range(MIDDLE, STEPS), mesh)
+    found: dict[str, Any] = train(engine, range(MIDDLE, STEPS), mesh)
     if job["do"] == "save":
         saver.settle()
     engine.close()
