@@ -76,6 +76,9 @@ def _git(checkout: Path, arguments: Sequence[str]) -> str | None:
 
 
 def _version(package: str) -> str | None:
+    """What the loaded package says of itself, else what pip installed: only torch itself tells its build (+cu130)."""
+    if loaded := getattr(sys.modules.get(package), "__version__", None):
+        return str(loaded)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
