@@ -1,0 +1,87 @@
+"""What is planned: a model, a batch and a layout on a number of GPUs, as numbers only.
+
+A config and a number of ranks make one, and so does a row of published measurements, which is how the planner's
+constants are fitted and tested (`benchmarks/plan.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bigtrain.budget import BatchSchedule
+from bigtrain.config import Config, ModelConfig
+from bigtrain.grid import grid_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job. Ranks = pipeline x data x context x tensor."""
+
+    model: ModelConfig
+    sequence_length: int
+    global_batch: int
+    """Sequences in one optimizer step, over all ranks."""
+    microbatch: int
+    """Sequences that one data rank computes at a time."""
+    tensor: int = 1
+    sequence: bool = True
+    """Norms and residuals shared between tensor ranks."""
+    pipeline: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    """Pieces of the model on each pipeline rank."""
+    split: tuple[int, ...] | None = None
+    """Layers in each of the pipeline x chunks pieces; None: balanced by cost."""
+    context: int = 1
+    context_by: str = "gather"
+    data: int = 1
+    zero: int = 1
+    offload: bool = False
+    """Optimizer state in host memory."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    attention: Literal["flash", "unfused"] = "flash"
+    compiled: bool = False
+    software: str = "bigtrain"
+    """Whose code it is: "bigtrain", or another framework's whose published figures are compared with."""
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in use."""
+        return self.pipeline * self.data * self.context * self.tensor
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches that one data rank computes in a step."""
+        return self.global_batch // (self.microbatch * self.data)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks."""
+        return self.global_batch * self.sequence_length
+
+
+def job_of(config: Config, ranks: int) -> Job:
+    """The job that a config makes of so many ranks. Raises UserError as `grid_of` does."""
+    grid = grid_of(config, ranks)
+    layout = config.layout
+    return Job(
+        model=config.model,
+        sequence_length=config.data.sequence_length,
+        global_batch=BatchSchedule.of(config).full,
+        microbatch=config.train.microbatch,
+        tensor=grid.tensor,
+        sequence=layout.sequence,
+        pipeline=grid.pipeline,
+        schedule=layout.schedule,
+        chunks=layout.chunks if grid.pipeline > 1 else 1,
+        split=tuple(layout.split) if layout.split and grid.pipeline > 1 else None,
+        context=grid.context,
+        context_by=layout.context_by,
+        data=grid.data,
+        zero=layout.zero if ranks > 1 else 0,
+        offload=layout.offload == "optimizer",
+        recompute=layout.recompute,
+        precision=config.train.precision,
+    )
