@@ -62,7 +62,7 @@ examples:
   bigtrain prepare "dump/*.jsonl.zst" --out data/dump --tokenizer data/books/tokenizer.model""",
     )
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
-    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--out", required=True, help="folder to write, or a URL (s3://...)")
     p.add_argument("--tokenizer", help="use this SentencePiece .model instead of training one")
     p.add_argument("--tokenizer-kind", choices=["bpe", "unigram"], default="bpe")
     p.add_argument("--vocab-size", type=int, default=8000, help="pieces to train (default 8000)")
@@ -208,7 +208,7 @@ examples:
   bigtrain export runs/quickstart/checkpoints/step_00000500 --to exported/step500 --dtype fp32""",
     )
     p.add_argument("model", metavar="RUN", help="run directory, or one checkpoint in it")
-    p.add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    p.add_argument("--to", required=True, metavar="DIR", help="folder to write, or a URL (s3://...)")
     p.add_argument(
         "--dtype", choices=["bf16", "fp32", "fp16"], default="bf16", help="of the weights (default bf16)"
     )
@@ -241,7 +241,7 @@ examples:
   bigtrain import downloads/Qwen3-0.6B --out qwen.toml
   bigtrain import old_run/dcp --config llama-1b --out continued.toml""",
     )
-    p.add_argument("folder", metavar="DIR", help="folder with the weights")
+    p.add_argument("folder", metavar="DIR", help="folder or URL with the weights")
     p.add_argument(
         "--out", metavar="CONFIG.toml", help="config to write (default NAME.toml after DIR's name)"
     )

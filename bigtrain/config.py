@@ -158,7 +158,7 @@ class TrainConfig(Section):
     seed: int = Field(default=1, ge=0)
     """Decides initial weights, data order, masking and dropout."""
     init_from: str | None = None
-    """Start from the weights in this folder instead of random ones: a Hugging Face model (safetensors) or a
+    """Start from the weights in this folder or URL instead of random ones: a Hugging Face model (safetensors) or a
     torch.distributed.checkpoint, as `bigtrain import` checks and writes it. Read at step 0 only; a run that has a
     checkpoint goes on from that."""
     eval_every: int = Field(default=0, ge=0)

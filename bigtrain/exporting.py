@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint.format import sync_folder
-from bigtrain.checkpoint.location import local
+from bigtrain.checkpoint.location import place, remote
 from bigtrain.checkpoint.reader import open_checkpoint
 from bigtrain.config import ModelConfig
 from bigtrain.configfile import load
-from bigtrain.data.files import disk_errors
 from bigtrain.data.tokenizer import Tokenizer
-from bigtrain.errors import RunError, UserError
+from bigtrain.errors import UserError
 from bigtrain.interop.compare import compare_bits, logits_difference, tokenizer_problem, transformers_version
+from bigtrain.interop.draft import drafted
 from bigtrain.interop.families import family_of, to_hugging_face
 from bigtrain.interop.initial import parameter_shapes
 from bigtrain.interop.names import hugging_face_names
@@ -58,10 +53,12 @@ def export(
 
     The weights are read and written tensor by tensor. What was written is loaded by transformers and its logits
     compared with the run's before the folder gets its name; without transformers, or without `compare`, it is read
-    back bit for bit instead. Raises UserError when no Hugging Face family is this model, or `out` holds something;
-    RunError when the disk is full or the comparison fails. `out` is then as before.
+    back bit for bit instead. `out` may be a URL: the model is then written and compared in $TMPDIR and uploaded.
+    Raises UserError when no Hugging Face family is this model, or `out` holds something; RunError when the disk is
+    full, the store refuses or the comparison fails. A folder `out` is then as before; in a store a model that was to
+    be replaced is gone once the upload began, and never mixed with the new one.
     """
-    out = local(str(out), "--to")
+    out = place(out)
     folder, checkpoint, warnings = find_checkpoint(Path(run))
     config = load(folder / "config.toml")
     m = config.model
@@ -70,7 +67,7 @@ def export(
     weights = Export(open_checkpoint(checkpoint), hugging_face_names(family, shapes), shapes, dtype)
     _check_parameters(weights, checkpoint)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    with _draft(out, sum(map(weights.bytes_of, weights.tensors.values())), overwrite) as draft:
+    with drafted(out, sum(map(weights.bytes_of, weights.tensors.values())), overwrite) as draft:
         write_safetensors(weights, draft, max_shard_bytes)
         ids = token_ids(tokenizer)
         write_json(draft / "config.json", _config_json(m, family, dtype, ids))
@@ -122,54 +119,6 @@ def _compare(
     return checked, [problem] if problem else []
 
 
-@contextmanager
-def _draft(out: Path, needed: int, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, or is removed."""
-    _check_place(out, overwrite)
-    with disk_errors(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise RunError(
-            f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-            where=str(out.parent),
-            do="free space, choose another --to, or a smaller --dtype",
-        )
-    with disk_errors(out.parent):
-        draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)  # mkdtemp's are private
-        with disk_errors(out):
-            _replace(out, draft)
-            sync_folder(out.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # still there only when something failed
-
-
-def _check_place(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise UserError("is not empty", where=str(out), do="give another --to, or --overwrite")
-    if not (out / "config.json").is_file():  # never somebody's home directory
-        raise UserError(
-            "holds something that is no exported model (no config.json)",
-            where=str(out),
-            do="give another --to",
-        )
-
-
-def _replace(out: Path, draft: Path) -> None:
-    if not out.exists():
-        draft.rename(out)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
-    out.rename(aside / out.name)
-    draft.rename(out)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def export_command(args: argparse.Namespace) -> int:
     """Run the verb."""
     if not args.max_shard_gb > 0:
@@ -190,5 +139,8 @@ def export_command(args: argparse.Namespace) -> int:
     print(f"checked: {written.checked}")
     for warning in written.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f'load it with transformers.AutoModelForCausalLM.from_pretrained("{args.to}")')
+    copy = "copy it to a folder and " if remote(place(args.to)) else ""
+    print(
+        f'{copy}load it with transformers.AutoModelForCausalLM.from_pretrained("{"FOLDER" if copy else args.to}")'
+    )
     return 0

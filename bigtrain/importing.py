@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigtrain.checkpoint.location import local
+from bigtrain.checkpoint.location import exists, names, place, remote, within_reach
 from bigtrain.config import Config, ModelConfig
 from bigtrain.configfile import build, find_config, load, render
 from bigtrain.data.files import write_whole
@@ -50,12 +50,15 @@ def import_weights(
     naming every tensor that is missing, extra or of another shape, when the family is none of ours, and when `out`
     exists.
     """
-    folder = local(str(folder), "DIR")
-    if not folder.is_dir():
-        raise UserError("is no folder", where=str(folder), do="give the directory that holds the weights")
+    folder = place(folder)
     given = load(find_config(config)) if config else None
-    model = given.model if given else _described(folder)
-    found = find_parameters(folder, model)
+    with within_reach(folder):
+        if not names(folder):
+            raise UserError(
+                "is no folder, or empty", where=str(folder), do="give the directory that holds the weights"
+            )
+        model = given.model if given else _described(folder)
+        found = find_parameters(folder, model)
     name = given.name if given else _name(folder)
     path = Path(out) if out else Path(f"{name}.toml")
     if path.exists() and not overwrite:
@@ -70,7 +73,7 @@ def import_weights(
 def _described(folder: Path) -> ModelConfig:
     """The model of config.json. UserError when there is none: tensors do not say how many heads there are."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not exists(path):
         raise UserError(
             "has no config.json to say which model this is",
             where=str(folder),
@@ -81,7 +84,8 @@ def _described(folder: Path) -> ModelConfig:
 
 def _name(folder: Path) -> str:
     """The folder's name, as a run may be called."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).lstrip("._-") or "imported"
+    name = folder.name if remote(folder) else folder.resolve().name  # "." has none before it is resolved
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "imported"
 
 
 def _with_weights(given: Config, folder: Path, data: str | None) -> Config:
@@ -113,6 +117,20 @@ def _fresh(model: ModelConfig, name: str, folder: Path, data: str | None) -> Con
     )
 
 
+def _say_how_to_prepare(folder: Path, path: str) -> None:
+    tokenizer = folder / "tokenizer.model"
+    if not exists(tokenizer):
+        print(
+            f"  write {path} with the model's own tokenizer, for other ids would mean other words to this model\n"
+            f"  (there is no SentencePiece tokenizer.model in {folder} for `bigtrain prepare`)"
+        )
+    elif remote(folder):
+        print(f"  copy {tokenizer} here")
+        print(f"  bigtrain prepare YOUR_TEXTS --out {path} --tokenizer tokenizer.model")
+    else:
+        print(f"  bigtrain prepare YOUR_TEXTS --out {path} --tokenizer {tokenizer}")
+
+
 def import_command(args: argparse.Namespace) -> int:
     """Run the verb."""
     found = import_weights(
@@ -123,14 +141,8 @@ def import_command(args: argparse.Namespace) -> int:
         print(f"not needed: {', '.join(found.ignored[:5])}" + (", ..." if len(found.ignored) > 5 else ""))
     print(f"wrote {found.path}")
     print("next:")
-    folder, path = Path(args.folder), found.config.data.path
+    folder, path = place(args.folder), found.config.data.path
     if not (Path(path) / "dataset.json").is_file():
-        if (folder / "tokenizer.model").is_file():
-            print(f"  bigtrain prepare YOUR_TEXTS --out {path} --tokenizer {folder / 'tokenizer.model'}")
-        else:
-            print(
-                f"  write {path} with the model's own tokenizer, for other ids would mean other words to this model\n"
-                f"  (there is no SentencePiece tokenizer.model in {folder} for `bigtrain prepare`)"
-            )
+        _say_how_to_prepare(folder, path)
     print(f"  bigtrain train {found.path}")
     return 0

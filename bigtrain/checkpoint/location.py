@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder of a file system, or a URL of an object store (s3://, gs://) through fsspec.
+"""Where checkpoints and models lie: a folder, or a URL of an object store (s3://, gs://) through fsspec.
 
 A place in a store is universal-pathlib's UPath, which has pathlib's methods; annotations say Path for both. What a
 store does not do as a file system does (rename, sync, lock, read into a buffer) is here. Every failure in here is an
@@ -35,7 +35,7 @@ def place(where: str | Path) -> Path:
         from upath import UPath
     except ImportError as e:
         raise UserError(
-            "checkpoints outside of file systems need the extra `remote`",
+            "a URL needs the extra `remote`",
             where=text,
             do='pip install "bigtrain[remote]"',
         ) from e
@@ -57,17 +57,6 @@ def remote(path: Path) -> bool:
 def folder_of(run: Path, config: Config) -> Path:
     """The folder of a run's checkpoints. UserError when its store needs something that is not installed."""
     return place(config.checkpoint.folder) if config.checkpoint.folder else run / "checkpoints"
-
-
-def local(where: str, key: str) -> Path:
-    """The path of something that must lie in a file system. UserError for a URL, which would be taken for a folder."""
-    if "://" in where:
-        raise UserError(
-            f"{where} is not in a file system; only checkpoints may lie in a store",
-            where=key,
-            do="copy it (`aws s3 cp --recursive`, `gcloud storage cp -r`), and give the local folder",
-        )
-    return Path(where)
 
 
 def make_ready(folder: Path) -> None:
@@ -112,7 +101,7 @@ def exists(path: Path) -> bool:
     """Whether a file is there. Unlike fsspec's, it does not take a store that is out of reach for a no."""
     try:
         size(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
@@ -217,6 +206,17 @@ def advice(e: OSError) -> str:
             "give credentials that may write there: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
         )
     return "check the network and the store's address (AWS_ENDPOINT_URL for S3-compatible ones)"
+
+
+@contextmanager
+def within_reach(path: Path) -> Iterator[None]:
+    """Make `out_of_reach` of what goes wrong with a store; errors of a file system are the caller's to explain."""
+    try:
+        yield
+    except OSError as e:
+        if not remote(path):
+            raise
+        raise out_of_reach(e, path) from e
 
 
 def out_of_reach(e: OSError, path: Path) -> BigtrainError:

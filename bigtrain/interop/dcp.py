@@ -8,7 +8,6 @@ every other name, before anything of that name could run. The data items are tor
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from bigtrain.checkpoint.boxes import Box, Index, intersection
+from bigtrain.checkpoint.location import exists, read, reason, size
 from bigtrain.errors import UserError
 
 METADATA = ".metadata"
@@ -97,7 +97,7 @@ class DcpWeights:
                 f"is not what torch writes ({type(e).__name__}: {e})", where=str(folder / METADATA), do=_AGAIN
             ) from e
         files = sorted({item.file for items in self.tensors.values() for item in items})
-        if missing := [file.name for file in files if not file.is_file()]:
+        if missing := [file.name for file in files if not exists(file)]:
             raise UserError(
                 f"{len(missing)} of {len(files)} data files are missing: {', '.join(missing[:5])}",
                 where=str(folder),
@@ -132,9 +132,9 @@ _AGAIN = "copy the directory again, or save it again with torch.distributed.chec
 
 def _read_metadata(path: Path) -> Any:
     try:
-        raw = path.read_bytes()
+        raw = read(path)
     except OSError as e:
-        raise UserError(f"cannot be read: {e.strerror}", where=str(path), do=_AGAIN) from e
+        raise UserError(f"cannot be read: {reason(e)}", where=str(path), do=_AGAIN) from e
     reader = _Unpickler(io.BytesIO(raw))
     reader.where = str(path)
     try:
@@ -164,7 +164,7 @@ def _items(folder: Path, metadata: Any) -> dict[str, list[Item]]:
             path = Path(info.relative_path)
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"{path} is outside the directory")
-            found[name].append(Item(box, folder / path, int(info.offset), int(info.length)))
+            found[name].append(Item(box, folder / str(path), int(info.offset), int(info.length)))
     return found
 
 
@@ -175,10 +175,8 @@ def _index(numbers: Any) -> Index:
 def _load(item: Item, name: str) -> torch.Tensor:
     """One item. UserError naming file and tensor when it is damaged or not the tensor that was announced."""
     try:
-        with item.file.open("rb") as f:
-            left = os.fstat(f.fileno()).st_size - item.start
-            f.seek(item.start)
-            raw = f.read(item.length) if left >= item.length else b""
+        end = item.start + item.length
+        raw = read(item.file, item.start, end) if end <= size(item.file) else b""
         if len(raw) != item.length:
             raise UserError(f"ends inside {name}", where=str(item.file), do=_AGAIN)
         tensor = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)

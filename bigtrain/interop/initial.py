@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 
+from bigtrain.checkpoint import location
 from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.boxes import Box, Index
-from bigtrain.checkpoint.location import local
 from bigtrain.config import Config, ModelConfig
 from bigtrain.engine import Engine
 from bigtrain.errors import UserError
@@ -45,11 +45,11 @@ def open_weights(folder: Path) -> Weights:
 
     Raises UserError when it is neither, or damaged.
     """
-    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+    if location.exists(folder / INDEX) or location.exists(folder / SINGLE):
         return SafetensorsWeights(folder)
-    if (folder / METADATA).is_file():
+    if location.exists(folder / METADATA):
         return DcpWeights(folder)
-    pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
+    pickles = sorted(name for name in location.names(folder) if name.endswith((".bin", ".pt", ".pth")))
     if pickles:
         raise UserError(
             f"holds its weights as pickles ({', '.join(pickles[:3])}), which can run any code when they are loaded",
@@ -139,17 +139,19 @@ def init_from(path: str | Path, pieces: Iterable[Piece], model: ModelConfig, mes
     run's [model] has otherwise without changing any tensor. Raises UserError on every rank when the directory
     does not hold this model.
     """
-    folder = local(str(path), "train.init_from")
+    folder = location.place(path)
 
     def fill() -> list[str]:
-        found = find_parameters(folder, model)
+        with location.within_reach(folder):
+            found = find_parameters(folder, model)
+            deviations = _deviations(folder, model)
         for piece in pieces:
             if piece.kind == "master" and piece.tensor.numel():
                 source = found.names[piece.name]
                 box = source.box(Box(tuple(piece.offset), tuple(piece.tensor.shape)))
                 target = piece.tensor.detach()
                 found.weights.read(source.tensor, box, target.t() if source.transposed else target)
-        return [f"weights from {folder} ({found.word})", *_deviations(folder, model)]
+        return [f"weights from {folder} ({found.word})", *deviations]
 
     return together(mesh, fill)[0]
 
@@ -167,7 +169,7 @@ _NO_MATTER = ("max_length", "init_std")
 def _deviations(folder: Path, model: ModelConfig) -> list[str]:
     """Settings that no tensor's shape shows. To differ may be meant: a longer context needs another rope_theta."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not location.exists(path):
         return []
     try:
         theirs = from_hugging_face(read_json(path), str(path))

@@ -1,15 +1,17 @@
 """Read boxes of tensors from safetensors files: only the bytes of the box, through a bounded buffer.
 
-A file is 8 bytes of header length, a JSON header, raw little-endian data. It is read here with pread rather than
-through the library, because every rank wants its box of a tensor and an error wants the file's name: mapped memory
-turns a bad disk into SIGBUS. What a header claims is checked against the file before anything is read.
+A file is 8 bytes of header length, a JSON header, raw little-endian data. It is read here with pread or, in an object
+store, range requests rather than through the library, because every rank wants its box of a tensor and an error wants
+the file's name: mapped memory turns a bad disk into SIGBUS. What a header claims is checked against the file before
+anything is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from bigtrain.checkpoint.boxes import Box, Index
+from bigtrain.checkpoint.location import Fill, exists, read, reading, reason, remote, size
 from bigtrain.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -47,7 +50,7 @@ class SafetensorsWeights:
         """Reads headers only. UserError naming the file that is missing, truncated or not what it claims."""
         self.folder = folder
         self.tensors: dict[str, Entry] = {}
-        if (folder / INDEX).is_file():
+        if exists(folder / INDEX):
             self._open_indexed()
         else:
             self.tensors = read_header(folder / SINGLE)
@@ -62,7 +65,7 @@ class SafetensorsWeights:
         strange = [name for name in names if Path(name).name != name]
         if strange:
             raise UserError(f"names a file outside the directory: {strange[0]!r}", where=str(path), do=_AGAIN)
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        missing = [name for name in names if not exists(self.folder / name)]
         if missing:
             raise UserError(
                 f"{len(missing)} of {len(names)} files are missing: {', '.join(missing[:5])}",
@@ -85,7 +88,8 @@ class SafetensorsWeights:
     def read(self, name: str, box: Box, target: torch.Tensor) -> None:
         """Copy a box into `target`, a tensor or view of the box's sizes, casting to its dtype.
 
-        Reads the bytes of the box and no others; takes BUFFER bytes, or one row if that is longer.
+        Reads the bytes of the box and no others, except in a store: a request takes as long as megabytes, so there
+        whole rows are read. Takes BUFFER bytes, or one row if that is longer.
         """
         entry = self.tensors[name]
         dtype = DTYPES[entry.dtype]
@@ -95,38 +99,41 @@ class SafetensorsWeights:
         rows = rows if len(box.sizes) > 1 else 1
         columns = columns if box.sizes else 1
         view = target.detach().view(1, -1) if target.dim() < 2 else target.detach()
-        height = max(1, min(rows, BUFFER // (columns * item)))
-        buffer = torch.empty(height * columns * item, dtype=torch.uint8)
-        try:
-            fd = os.open(entry.file, os.O_RDONLY)
-        except OSError as e:
-            raise UserError(f"cannot be read: {e.strerror}", where=str(entry.file), do=_AGAIN) from e
-        try:
+        # The columns that are read, of which `inside` are wanted.
+        left, width = (0, N) if remote(entry.file) and rows > 1 else (column, columns)
+        inside = slice(column - left, column - left + columns)
+        height = max(1, min(rows, BUFFER // (width * item)))
+        buffer = torch.empty(height * width * item, dtype=torch.uint8)
+        with _explained(entry.file), reading(entry.file) as fill:
             for top in range(0, rows, height):
                 count = min(height, rows - top)
-                raw = buffer[: count * columns * item]
-                first = entry.start + ((row + top) * N + column) * item
-                stretches = 1 if columns == N else count
-                size = len(raw) // stretches
+                raw = buffer[: count * width * item]
+                first = entry.start + ((row + top) * N + left) * item
+                stretches = 1 if width == N else count
+                length = len(raw) // stretches
                 for i in range(stretches):
-                    part = memoryview(raw.numpy().data)[i * size : (i + 1) * size]
-                    read_exactly(fd, part, first + i * N * item, entry.file, name)
-                view[top : top + count].copy_(raw.view(dtype).view(count, columns))
-        finally:
-            os.close(fd)
+                    part = memoryview(raw.numpy().data)[i * length : (i + 1) * length]
+                    read_exactly(fill, part, first + i * N * item, entry.file, name)
+                view[top : top + count].copy_(raw.view(dtype).view(count, width)[:, inside])
 
 
 _AGAIN = "copy or download the directory again"
 
 
-def read_exactly(fd: int, target: memoryview, start: int, path: Path, name: str) -> None:
-    """Fill `target` from `start` on; pread may return less than asked. UserError when the file ends before."""
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Make UserErrors that name the file of what a disk or a store answers."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"cannot be read: {reason(e)}", where=str(path), do=_AGAIN) from e
+
+
+def read_exactly(fill: Fill, target: memoryview, start: int, path: Path, name: str) -> None:
+    """Fill `target` from `start` on; a read may return less than asked. UserError when the file ends before."""
     done = 0
     while done < len(target):
-        try:
-            got = os.preadv(fd, [target[done:]], start + done)
-        except OSError as e:
-            raise UserError(f"cannot be read: {e.strerror}", where=str(path), do=_AGAIN) from e
+        got = fill(target[done:], start + done)
         if got == 0:
             raise UserError(f"ends inside {name}", where=str(path), do=_AGAIN)
         done += got
@@ -135,9 +142,8 @@ def read_exactly(fd: int, target: memoryview, start: int, path: Path, name: str)
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. UserError when the file is missing or something else."""
     try:
-        found = json.loads(path.read_bytes())
-    except OSError as e:
-        raise UserError(f"cannot be read: {e.strerror}", where=str(path)) from e
+        with _explained(path):
+            found = json.loads(read(path))
     except ValueError as e:
         raise UserError(f"is not JSON: {e}", where=str(path), do=_AGAIN) from e
     if not isinstance(found, dict):
@@ -151,17 +157,14 @@ def read_header(path: Path) -> dict[str, Entry]:
     def wrong(what: str) -> UserError:
         return UserError(what, where=str(path), do=_AGAIN)
 
-    try:
-        total = path.stat().st_size
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if total < 8 or length > min(total - 8, _MOST_HEADER):
-                raise wrong(
-                    f"is truncated or no safetensors file: {total} bytes, a header of {length} is announced"
-                )
-            raw = f.read(length)
-    except OSError as e:
-        raise wrong(f"cannot be read: {e.strerror}") from e
+    with _explained(path):
+        total = size(path)
+        length = int.from_bytes(read(path, 0, 8), "little")
+        if total < 8 or length > min(total - 8, _MOST_HEADER):
+            raise wrong(
+                f"is truncated or no safetensors file: {total} bytes, a header of {length} is announced"
+            )
+        raw = read(path, 8, 8 + length)
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)

@@ -2,8 +2,8 @@
 
 python -m tests.runs.import_worker FOLDER
 
-FOLDER holds cases.json and the directories that it names; rank 0 writes CASE.pt with the logical tensors. A case
-whose "dcp" is set is first saved by this world as a distributed checkpoint, every matrix in parts on both ranks.
+FOLDER holds cases.json and the directories that it names (or URLs); rank 0 writes CASE.pt with the logical tensors. A
+case whose "dcp" is set is first saved by this world as a distributed checkpoint, every matrix in parts on both ranks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def run(case: dict[str, Any], folder: Path, world: Mesh) -> dict[str, Any]:
     grid = grid_of(config, world.world)
     mesh = replace(world, grid=grid, axes=build_axes(grid, world.rank))
     engine = make_engine(build_model(config.model, device="meta"), config, mesh)
-    notes = start_from(str(folder / case["path"]), engine, config, mesh)
+    notes = start_from(
+        case["path"] if "://" in case["path"] else str(folder / case["path"]), engine, config, mesh
+    )
     found = {"tensors": gathered(engine, mesh), "apart": apart(engine, mesh), "notes": notes}
     engine.close()
     return found

@@ -26,8 +26,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_layout_starts_with_the_same_weights(tmp_path: Path) -> None:
-    """From one file, from shards, from GPT-2's transposed and fused matrices, from a checkpoint of two ranks."""
+def test_every_layout_starts_with_the_same_weights(tmp_path: Path, s3: str) -> None:
+    """From a file, shards, GPT-2's transposed and fused matrices, an object store, a checkpoint of two ranks."""
     cases: list[dict[str, Any]] = []
     for name in ("qwen3-window", "gpt2-untied"):  # tied: a pipeline has the embedding on both ends
         make_run(tmp_path / "run" / name, model_config(name))
@@ -36,6 +36,8 @@ def test_every_layout_starts_with_the_same_weights(tmp_path: Path) -> None:
             {"name": f"{name}-{key}", "path": name, "model": name, "layout": layout}
             for key, layout in LAYOUTS.items()
         ]
+    export(tmp_path / "run" / "qwen3-window", s3, dtype="fp32", compare=False)
+    cases.append({"name": "store", "path": s3, "model": "qwen3-window", "layout": LAYOUTS["tensor"]})
     sharded: dict[str, Any] = {"path": "dcp", "model": "llama"}
     cases.append({"name": "dcp-zero3", "dcp": True, "layout": LAYOUTS["zero3"], **sharded})
     cases.append({"name": "dcp-tensor", "layout": LAYOUTS["tensor"], "precision": "bf16", **sharded})

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain.checkpoint import store
+from bigtrain.exporting import export
 from tests.runs.conftest import Tiny, losses_of
 
 
@@ -27,3 +28,9 @@ def test_a_whole_run_saves_to_the_store_and_goes_on_from_there(s3: str, tiny: Ti
     refused = tiny("generate", f"{s3}/step_00000008")
     assert refused.code == 2
     assert "give the run directory" in refused.err
+    url = s3.replace("checkpoints", "model")
+    export(run, url, dtype="fp32", compare=False)
+    done = tiny.train(tmp_path / "next", f"train.init_from={url}", "train.steps=3")
+    assert done.code == 0, done.err
+    assert f"weights from {url}" in done.out + done.err
+    assert losses_of(tmp_path / "next")[0] < losses_of(run)[0]
