@@ -62,7 +62,7 @@ examples:
   bigtrain prepare "dump/*.jsonl.zst" --out data/dump --tokenizer data/books/tokenizer.model""",
     )
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
-    p.add_argument("--out", required=True, help="folder to write, or a URL (s3://...)")
+    p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--tokenizer", help="use this SentencePiece .model instead of training one")
     p.add_argument("--tokenizer-kind", choices=["bpe", "unigram"], default="bpe")
     p.add_argument("--vocab-size", type=int, default=8000, help="pieces to train (default 8000)")
