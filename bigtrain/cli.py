@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bigtrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
-        *(_add_prepare, _add_train, _add_generate, _add_evaluate, _add_inspect),
+        *(_add_prepare, _add_train, _add_launch, _add_generate, _add_evaluate, _add_inspect),
         *(_add_export, _add_import, _add_quickstart),
     ):
         add(verbs)
@@ -116,6 +116,53 @@ Ctrl-C or TERM saves and stops; a second one leaves at once. At the start ranks 
     p.add_argument("--dry", action="store_true", help="print the resolved config and what follows from it")
     p.add_argument("--lr-find", action="store_true", help="learning-rate range test: rise until it diverges")
     p.set_defaults(run_verb=_train)
+
+
+def _add_launch(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "launch",
+        help="fill in and submit a job: SLURM, Open MPI, Kubernetes",
+        formatter_class=_Raw,
+        description="Fill in a script of launch/ for this config and cluster, check that the layout fits the nodes and\n"
+        "that the data is there, then submit it. The run resumes by itself after a preemption or a restart.",
+        epilog="""\
+examples:
+  bigtrain launch slurm llama-8b --nodes 4 --gpus-per-node 8 --set layout.tensor=4 --print
+  bigtrain launch slurm llama-1b --nodes 2-4 --gpus-per-node 8 --by torchrun --sbatch partition=gpu --sbatch account=me
+  bigtrain launch mpi llama-1b --hosts a:8,b:8
+  bigtrain launch kubernetes llama-1b --nodes 4 --gpus-per-node 8 --image you/bigtrain:1 --claim work --print
+one machine without a queue: launch/torchrun.sh CONFIG""",
+    )
+    p.add_argument("kind", choices=["slurm", "mpi", "kubernetes"])
+    _config_arguments(p)
+    p.add_argument("--run-dir", help="run directory, on a disk that all nodes see (default runs/NAME)")
+    p.add_argument("--nodes", default="1", help="4, or 2-4: start with what there is")
+    p.add_argument("--gpus-per-node", type=int, default=8, help="one rank each (default 8)")
+    p.add_argument("--by", choices=["srun", "torchrun"], default="srun", help="slurm: who starts the ranks")
+    p.add_argument("--hosts", default="", help="mpi: HOST:RANKS,... (default: this machine)")
+    p.add_argument("--time", default="24:00:00", help="slurm: time limit (default 24:00:00)")
+    p.add_argument("--grace", type=int, default=300, help="seconds for the last save (default 300)")
+    p.add_argument("--restarts", type=int, default=3, help="after failures, without the queue (default 3)")
+    p.add_argument("--cpus-per-rank", type=int, default=8, help="slurm (default 8)")
+    p.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any #SBATCH line, or none with KEY= (repeatable)",
+    )
+    p.add_argument("--image", default="", help="kubernetes: container image")
+    p.add_argument("--claim", default="", help="kubernetes: volume claim with data and runs")
+    p.add_argument("--folder", default="/work", help="kubernetes: where it is mounted (default /work)")
+    p.add_argument("--python", default="", help="interpreter on the nodes (default: this one)")
+    p.add_argument("--print", action="store_true", help="print the script and submit nothing")
+    p.set_defaults(run_verb=_launch)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from bigtrain.launching import launch_command
+
+    return launch_command(args)
 
 
 def _add_generate(verbs: Verbs) -> None:

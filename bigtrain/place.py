@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,11 +81,23 @@ def fill_environment(place: Place) -> None:
 
 
 def _first_host(place: Place) -> str:
-    """The host of rank 0: this machine unless SLURM lists several."""
+    """The machine of rank 0. UserError where an MPI launcher spans machines, for it does not say which that is."""
     nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if place.launcher != "slurm" or not nodes:
-        return "127.0.0.1"
-    listed = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
-    )
-    return listed.stdout.split()[0] if listed.stdout.split() else "127.0.0.1"
+    if place.launcher == "slurm" and nodes:
+        names = _scontrol("hostnames", nodes).split()
+        # The address by which SLURM itself reaches the node; its name need not be known to the resolver.
+        address = re.search(r"NodeAddr=(\S+)", _scontrol("node", names[0])) if names else None
+        return address[1] if address else "127.0.0.1"
+    if place.launcher in ("openmpi", "mpich") and place.local_world < place.world:
+        raise UserError(
+            f"MASTER_ADDR is not set, and only {place.local_world} of the {place.world} ranks are on this machine",
+            where=place.launcher,
+            do="mpirun -x MASTER_ADDR=<the machine of rank 0>; launch/mpirun.sh does",
+        )
+    return "127.0.0.1"
+
+
+def _scontrol(what: str, which: str) -> str:
+    """What SLURM says of nodes; "" when it does not."""
+    told = subprocess.run(["scontrol", "show", what, which], capture_output=True, text=True, check=False)
+    return told.stdout
