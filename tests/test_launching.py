@@ -25,7 +25,7 @@ path = "data"
 sequence_length = 32
 [train]
 steps = 5
-global_batch = 24
+global_batch = 48
 """
 
 
