@@ -204,7 +204,8 @@ class LayoutConfig(Section):
     """How the work is laid over the ranks. Changing anything here changes speed and memory, never the curve.
 
     ranks = pipeline x data x context x expert x tensor; data is whatever the others leave. One process alone runs
-    any layout, as if all axes were 1.
+    any layout, as if all axes were 1. `layout = "auto"` above all sections, in place of this one, lets the planner
+    choose at the start of `bigtrain train`, with train.microbatch, by the number and kind of the GPUs.
     """
 
     tensor: int = Field(default=1, ge=1)

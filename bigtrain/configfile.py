@@ -8,7 +8,7 @@ import json
 import re
 import sysconfig
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,9 +43,14 @@ def find_config(name: str) -> Path:
     raise UserError(f"no config file {name!r}", do=hint)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+Auto = Callable[[Config], Config]
+"""Puts a chosen layout in the place of `layout = "auto"`."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, auto: Auto | None = None) -> Config:
     """Read a TOML file, apply `--set section.key=value` strings, check everything.
 
+    Where the file or a string says `layout = "auto"`, `auto` chooses; without it the layout is the default one.
     Raises one UserError that lists every problem found.
     """
     path = Path(path)
@@ -58,11 +63,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError("is not UTF-8 text", where=str(path), do="TOML files are UTF-8") from e
     except tomllib.TOMLDecodeError as e:
         raise UserError(f"not valid TOML: {e}", where=str(path)) from e
-    return build(raw, overrides, text=text, source=str(path))
+    return build(raw, overrides, text=text, source=str(path), auto=auto)
 
 
 def build(
-    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, text: str = "", source: str = "config"
+    raw: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    text: str = "",
+    source: str = "config",
+    auto: Auto | None = None,
 ) -> Config:
     """Turn parsed TOML plus overrides into a Config, or raise one UserError with every problem."""
     merged = json.loads(json.dumps(raw, default=str))
@@ -73,6 +83,9 @@ def build(
         touched.add(key)
         if problem:
             found.append(f"--set {item}: {problem}")
+    automatic = merged.get("layout") == "auto"
+    if automatic:
+        del merged["layout"]
 
     def locate(key: str) -> str:
         if key in touched:
@@ -84,7 +97,7 @@ def build(
         config = Config.model_validate(merged)
         found += [f"{locate(p.split(':')[0])}: {p}" for p in problems(config)]
         if not found:
-            return config
+            return auto(config) if automatic and auto is not None else config
     except ValidationError as e:
         for error in e.errors():
             key = ".".join(str(part) for part in error["loc"])
@@ -114,7 +127,8 @@ def _apply(tree: dict[str, Any], item: str) -> tuple[str, str]:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            return key, f"{section} is a value, not a section"
+            chosen = '; "auto" chooses all of [layout]' if node == "auto" else ""
+            return key, f"{section} is a value, not a section{chosen}"
     if parsed is None:
         node.pop(last, None)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.config import Config, LayoutConfig
 from bigtrain.configfile import find_config, load, render
 from bigtrain.errors import UserError
 
@@ -107,3 +108,24 @@ def test_shipped_configs_are_found_by_name_and_near_misses_suggested() -> None:
         find_config("quikstart")
     with pytest.raises(UserError, match="no config file"):
         find_config("nowhere/else.toml")
+
+
+def test_a_layout_may_be_chosen_later(tmp_path: Path) -> None:
+    """`layout = "auto"` in the file or by --set: the caller chooses, or the default layout stands."""
+
+    def chooses(config: Config) -> Config:
+        assert config.layout == LayoutConfig()
+        return config.model_copy(update={"layout": config.layout.model_copy(update={"zero": 2})})
+
+    path = written(tmp_path, 'layout = "auto"\n' + GOOD)
+    assert load(path).layout == LayoutConfig()
+    assert load(path, auto=chooses).layout.zero == 2
+    given = written(tmp_path, GOOD)
+    assert load(given, ["layout=auto"], auto=chooses).layout.zero == 2
+    assert load(given, auto=chooses).layout.zero == 1
+    with pytest.raises(
+        UserError, match=r'layout is a value, not a section; "auto" chooses all of \[layout\]'
+    ):
+        load(given, ["layout=auto", "layout.zero=3"], auto=chooses)
+    with pytest.raises(UserError, match="layout"):
+        load(given, ["layout=automatic"], auto=chooses)
