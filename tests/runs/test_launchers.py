@@ -1,0 +1,187 @@
+"""Runs under SLURM, mpirun and torchrun, by the scripts of launch/: stopped, killed and started again, the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.runs import slurm_cluster
+from tests.runs.conftest import Tiny, losses_of
+from tests.runs.worlds import ROOT
+
+pytestmark = [pytest.mark.runs, pytest.mark.timeout(600)]
+
+SETTINGS = ("train.steps=240", "train.eval_every=0", "checkpoint.every_steps=10", "layout.zero=0")
+SETS = [part for setting in SETTINGS for part in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of two ranks that nobody interrupts."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = tiny.train(run, *SETTINGS, processes=2)
+    assert done.code == 0, done.err
+    return losses_of(run)
+
+
+def state_of(run: Path) -> dict[str, object]:
+    return dict(json.loads((run / "outcome.json").read_text())) if (run / "outcome.json").exists() else {}
+
+
+def step_of(run: Path) -> int:
+    """The last step that was recorded."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"kind": "step"') if path.exists() else 0
+
+
+def until(what: str, condition: Callable[[], bool], seconds: float = 180) -> None:
+    """Wait for a condition."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, f"{what} did not come within {seconds:g} s"
+        time.sleep(0.2)
+
+
+def rank_pid(run: Path, variable: str, rank: int) -> int:
+    """The process of a rank that trains into `run`, by the variable that its launcher sets."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                env = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(run).encode() in words and b"train" in words and f"{variable}={rank}".encode() in env:
+                return int(entry.name)
+    raise AssertionError(f"no process has {variable}={rank} and trains into {run}")
+
+
+def start(command: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as f:
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=f, stderr=f)
+
+
+def disturb(
+    begin: Callable[[], subprocess.Popen[bytes]], run: Path, variable: str, log: Path, ask: signal.Signals
+) -> None:
+    """A rank dies: the script goes on by itself; a signal asks to stop: it saves; started again: it ends."""
+    script = begin()
+    until("step 15", lambda: step_of(run) >= 15)
+    os.kill(rank_pid(run, variable, 1), signal.SIGKILL)
+    until("the restart", lambda: "resumed from step_" in log.read_text())
+    before = step_of(run)
+    until("ten steps after the restart", lambda: step_of(run) >= before + 10)
+    script.send_signal(ask)
+    script.wait(timeout=120)
+    assert state_of(run)["state"] == "preempted", log.read_text()
+    assert state_of(run)["reason"] in ("SIGTERM", ask.name)
+    assert begin().wait(timeout=240) == 0, log.read_text()
+    assert state_of(run)["state"] == "done"
+
+
+@pytest.mark.parametrize("ask", [signal.SIGUSR1, signal.SIGTERM])
+def test_torchrun(ask: signal.Signals, tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    env = {**tiny.environment(), "PYTHON": sys.executable, "NPROC": "2", "GRACE": "100"}
+    command = ["bash", "launch/torchrun.sh", str(tiny.config), "--run-dir", str(run), *SETS]
+    disturb(lambda: start(command, env, log), run, "RANK", log, ask)
+    assert losses_of(run) == undisturbed
+
+
+def test_mpirun(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
+    env = mpi_environment(tiny)
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [
+        sys.executable,
+        "-m",
+        "bigtrain",
+        "launch",
+        "mpi",
+        str(tiny.config),
+        "--run-dir",
+        str(run),
+        *SETS,
+    ]
+    command += ["--hosts", "localhost:2", "--grace", "100"]
+
+    printed = subprocess.run(
+        [*command, "--print"], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    script = tmp_path / "mpirun.sh"
+    script.write_text(printed.stdout)
+    disturb(lambda: start(["bash", str(script)], env, log), run, "OMPI_COMM_WORLD_RANK", log, signal.SIGTERM)
+    assert losses_of(run) == undisturbed
+
+
+def mpi_environment(tiny: Tiny) -> dict[str, str]:
+    """As the tiny runs' own, with the mpirun of the wheel, which as root wants to be told twice."""
+    env = tiny.environment()
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    if shutil.which("mpirun", path=env["PATH"]) is None:
+        pytest.skip('mpirun is not installed (pip install "bigtrain[mpi]")')
+    return env | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a SLURM with two nodes."""
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as env:
+        yield env
+
+
+def jobs(env: Mapping[str, str]) -> dict[str, str]:
+    """State by job id, of those that wait or run."""
+    told = subprocess.run(
+        ["squeue", "-h", "-o", "%i %T"], env=env, capture_output=True, text=True, check=True
+    )
+    return dict(line.split() for line in told.stdout.splitlines())
+
+
+@pytest.mark.parametrize("by", ["srun", "torchrun"])
+def test_slurm(by: str, slurm: dict[str, str], tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
+    """Submitted, a rank killed, preempted by a signal, queued again by its own script, done; then a cancelled one."""
+    run = tmp_path / "run"
+    env = {**tiny.environment(), "SLURM_CONF": slurm["SLURM_CONF"]}
+    command = [sys.executable, "-m", "bigtrain", "launch", "slurm", str(tiny.config), *SETS, "--by", by]
+    command += ["--nodes", "2", "--gpus-per-node", "1", "--sbatch", "gpus-per-node=", "--cpus-per-rank", "1"]
+    command += ["--grace", "60", "--time", "20", "--run-dir"]
+
+    def submit(run: Path) -> str:
+        told = subprocess.run([*command, str(run)], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        return told.stdout.split()[-1]
+
+    def log(run: Path) -> str:
+        return "".join(path.read_text() for path in (run / "launch").glob("slurm-*.out"))
+
+    job = submit(run)
+    until("step 15", lambda: step_of(run) >= 15)
+    os.kill(rank_pid(run, "RANK" if by == "torchrun" else "SLURM_PROCID", 1), signal.SIGKILL)
+    until("the restart", lambda: "resumed from step_" in log(run))
+    subprocess.run(["scancel", "--signal=USR1", job], env=env, check=True)
+    until("the queue", lambda: jobs(env).get(job) == "PENDING")
+    assert state_of(run)["state"] == "preempted", log(run)
+    assert state_of(run)["reason"] == "SIGUSR1"
+    # SLURM holds a requeued job back for two minutes.
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=env, check=True)
+    until("the end", lambda: job not in jobs(env), 300)
+    assert state_of(run)["state"] == "done", log(run)
+    assert losses_of(run) == undisturbed
+
+    if by == "srun":
+        job = submit(tmp_path / "cancelled")
+        until("step 5", lambda: step_of(tmp_path / "cancelled") >= 5)
+        subprocess.run(["scancel", job], env=env, check=True)
+        until("the end", lambda: job not in jobs(env))
+        assert state_of(tmp_path / "cancelled")["state"] == "preempted", "it saved"
