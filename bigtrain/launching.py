@@ -56,29 +56,33 @@ def nodes_of(text: str, per_node: int) -> Cluster:
     )
 
 
-def check(config: Config, cluster: Cluster) -> list[str]:
+def check(config: Config, cluster: Cluster, *, submit: bool) -> list[str]:
     """What works, but slowly, as sentences. Raises one UserError with all that cannot work.
 
-    Every number of nodes of a range must work: the job may get any of them.
+    Every number of nodes of a range must work: the job may get any of them. A script that is only printed may be for
+    another machine, so data that is missing here is a warning then.
     """
-    problems = []
+    problems: list[str] = []
+    warnings: list[str] = []
     for nodes in range(cluster.least, cluster.most + 1):
         ranks = nodes * cluster.per_node
         where = f"{nodes} nodes x {cluster.per_node} = {ranks} ranks"
         problems += [f"{where}: {problem}" for problem in world_problems(config, ranks)]
     data = Path(config.data.path)
     if not (data / "dataset.json").is_file() and not list(data.glob("*.idx")):
-        problems.append(f"data.path: {data} is no dataset here; `bigtrain prepare` writes one")
+        (problems if submit else warnings).append(
+            f"data.path: {data} is no dataset here; `bigtrain prepare` writes one"
+        )
     if problems:
         word = "problem" if len(problems) == 1 else "problems"
         raise UserError(f"{len(problems)} {word}; nothing was submitted\n  " + "\n  ".join(problems))
     tensor = config.layout.tensor
     if cluster.most > 1 and cluster.per_node % tensor:
-        return [
+        warnings.append(
             f"layout.tensor {tensor} does not divide the {cluster.per_node} ranks of a node: its ranks talk in every "
             "layer, and some would over the network"
-        ]
-    return []
+        )
+    return warnings
 
 
 def directives(script: str, values: Mapping[str, str]) -> str:
@@ -195,7 +199,7 @@ def launch_command(args: argparse.Namespace) -> int:
         raise UserError(
             "an image and a volume are needed", where="launch kubernetes", do="give --image and --claim"
         )
-    warnings = check(config, cluster)
+    warnings = check(config, cluster, submit=not args.print)
     name, text = render(args, config, cluster)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
