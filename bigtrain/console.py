@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import statistics
@@ -14,6 +15,8 @@ from typing import Any, Protocol, TextIO
 
 from bigtrain.configfile import load
 from bigtrain.metrics import EvalRecord, StepRecord, read_records
+
+_log = logging.getLogger(__name__)
 
 WIDTH = 120
 """No step line is longer: it fits side by side with an editor and into a SLURM log."""
@@ -52,7 +55,11 @@ class Console:
         self._marks = -1
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays, also in the log."""
+        _log.info("%s", text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
         if self._live is not None:
             self._live.above(text)
         else:
@@ -75,7 +82,7 @@ class Console:
         )
         if self._live is None:
             if record.step % self._every == 0 or record.step in (1, self._total):
-                self.say(line)
+                self._show(line)  # not in the log: metrics.jsonl holds every step
             return
         mark = record.step * 20 // max(self._total, 1)
         if mark != self._marks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shlex
 import socket
 import subprocess
@@ -17,15 +16,9 @@ from typing import Any
 
 import bigtrain
 from bigtrain.mesh import Mesh
+from bigtrain.redact import redacted
 
 _PACKAGES = ("torch", "deepspeed", "triton", "numpy", "sentencepiece", "pydantic", "safetensors")
-
-# A value after a key such as wandb_api_key= or --password, and the user part of https://name:secret@host.
-_SECRET = re.compile(
-    r"(?i)(\b[\w.-]*(?:api[_-]?key|secret|passw(?:or)?d|credential|(?:access|auth|hf|api)[_-]?token)\w*(?:=|\s+))"
-    r"(?:'[^']*'|\S+)"
-)
-_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def provenance(mesh: Mesh) -> dict[str, Any]:
@@ -47,11 +40,6 @@ def provenance(mesh: Mesh) -> dict[str, Any]:
         },
         "hardware": hardware(mesh),
     }
-
-
-def redacted(command: str) -> str:
-    """The command line with the values of keys, tokens and passwords replaced by ***."""
-    return _URL_LOGIN.sub("***@", _SECRET.sub(r"\1***", command))
 
 
 def git_state(checkout: Path) -> dict[str, Any] | None:

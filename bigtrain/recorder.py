@@ -219,6 +219,7 @@ class Recorder:
     def finish(self, state: State, progress: Progress, reason: str) -> None:
         """The run ended as it should: say so, in outcome.json and on the console."""
         self._close()
+        _log.info("%s at step %d%s", state, progress.step, f" ({reason})" if reason else "")
         self.run.finish(state, progress.step, reason)
 
     def tell(self, state: State) -> None:
@@ -228,7 +229,8 @@ class Recorder:
             print("\n" + summary(self.run.path, again), flush=True)
 
     def fail(self, reason: str) -> None:
-        """The run ended as it should not."""
+        """The run ended as it should not: rank 0 writes the outcome, every rank's log says why it stopped."""
+        _log.error("failed after step %d: %s", self.progress.step, reason, exc_info=True)
         self._saver.leave()
         self._say_saved()
         self._close()

@@ -37,6 +37,7 @@ from bigtrain.mesh import Mesh
 from bigtrain.metrics import cut_back
 from bigtrain.place import Place
 from bigtrain.provenance import provenance
+from bigtrain.redact import redacted
 
 State = Literal["done", "preempted", "failed"]
 
@@ -59,6 +60,7 @@ class RunDir:
     """Folder of the checkpoints; in an object store when checkpoint.folder is a URL."""
     _locks: list[IO[str]] = field(default_factory=list, repr=False)
     _log: logging.Handler | None = field(default=None, repr=False)
+    _level: int = field(default=logging.NOTSET, repr=False)
 
     @staticmethod
     def open(
@@ -119,6 +121,7 @@ class RunDir:
         if self._log is not None:
             logging.captureWarnings(False)
             logging.getLogger().removeHandler(self._log)
+            logging.getLogger("bigtrain").setLevel(self._level)
             self._log.close()
         for lock in self._locks:
             lock.truncate(0)
@@ -127,13 +130,26 @@ class RunDir:
         self._locks.clear()
 
     def _start_log(self) -> None:
-        """Send this rank's logging (bigtrain's, torch's, DeepSpeed's) and warnings to a file of its own."""
+        """Send this rank's logging (bigtrain's from INFO on, torch's, DeepSpeed's) and warnings to its own file."""
         file = self.path / "logs" / f"{self.attempt:04d}" / f"rank_{self.mesh.rank}.log"
         file.parent.mkdir(parents=True, exist_ok=True)
         self._log = logging.FileHandler(file)
-        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._log.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._log)
         logging.captureWarnings(True)
+        ours = logging.getLogger("bigtrain")
+        self._level = ours.level
+        ours.setLevel(logging.INFO)
+        rank = f"rank {self.mesh.rank} of {self.mesh.world}"
+        who = f"process {os.getpid()} on {socket.gethostname()}, {self.mesh.device}"
+        ours.info("attempt %d, %s: %s", self.attempt, rank, who)
+
+
+class _Redacting(logging.Formatter):
+    """No secrets in logs: an error of a store or a proxy may quote a URL with its password."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 def _take(
@@ -180,6 +196,8 @@ def _take(
         raise
     notes += [f"changed since the last attempt: {line}" for line in changed.values()]
     attempts = [*former.get("attempts", []), {**facts, "changed": list(changed.values())}]
+    if len(attempts) > 1:  # outcome.json is about to go, and the history of the run with it
+        attempts[-2]["ended"] = _outcome(path)
     _write_text(path / "config.toml", render(config))
     _write_json(path / "provenance.json", {"data": data, "attempts": attempts})
     (path / "outcome.json").unlink(missing_ok=True)
@@ -262,6 +280,15 @@ def _former(path: Path) -> dict[str, Any]:
         ) from e
     assert isinstance(found, dict)
     return found
+
+
+def _outcome(path: Path) -> dict[str, Any] | None:
+    """How the latest attempt said it ended; None when it was killed."""
+    try:
+        found = json.loads((path / "outcome.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _changes(path: Path, config: Config, data: str, former: Mapping[str, Any]) -> dict[str, str]:
