@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
         *(_add_prepare, _add_train, _add_launch, _add_generate, _add_evaluate, _add_inspect),
-        *(_add_export, _add_import, _add_quickstart),
+        *(_add_top, _add_report, _add_export, _add_import, _add_quickstart),
     ):
         add(verbs)
     return parser
@@ -239,6 +239,54 @@ Leaves with 0 when all is sound and, of two, equal (the layout they were written
     p.set_defaults(run_verb=_inspect)
 
 
+def _add_top(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "top",
+        help="watch a run in the terminal, live or after the fact",
+        formatter_class=_Raw,
+        description="Draw a run on one screen and keep it up to date: state, steps, time left, loss, speed, events.\n"
+        "It only reads the run directory: start it on any machine that sees it, as often as you like.",
+        epilog="""\
+q or Ctrl-C leaves. A run directory that is not there yet is waited for.
+
+examples:
+  bigtrain top runs/quickstart
+  bigtrain top runs/quickstart --once              one screen, as plain text when piped""",
+    )
+    p.add_argument("run", metavar="RUN", help="run directory")
+    p.add_argument(
+        "--once", action="store_true", help="print one screen and leave (so it is without a terminal)"
+    )
+    p.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="between looks (default 1)")
+    p.set_defaults(run_verb=_top)
+
+
+def _add_report(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "report",
+        help="one HTML page and pictures about a run, or several compared",
+        formatter_class=_Raw,
+        description="Write one self-contained HTML page and a PNG of each chart: losses, learning rate, gradient norm,\n"
+        "throughput, MFU, memory, events, configuration, provenance. Several runs are laid over each other.",
+        epilog="""\
+The page loads nothing from anywhere: mail it, or open it from the disk. Runs of any length make a small page.
+
+examples:
+  bigtrain report runs/quickstart                  writes runs/quickstart/report/index.html
+  bigtrain report runs/a runs/b --out a-and-b.html""",
+    )
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    p.add_argument(
+        "--out", metavar="DIR_OR_HTML", help="folder, or page (default RUN/report; of several: report)"
+    )
+    p.add_argument(
+        "--by",
+        choices=["step", "tokens", "hours"],
+        help="what the curves are drawn over (default: step; tokens when the runs' steps differ in tokens)",
+    )
+    p.set_defaults(run_verb=_report)
+
+
 def _add_export(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "export",
@@ -366,6 +414,18 @@ def _inspect(args: argparse.Namespace) -> int:
         text, sound = explain(args.path, verify=args.verify, overrides=args.overrides)
     print(text)
     return 0 if sound else 1
+
+
+def _top(args: argparse.Namespace) -> int:
+    from bigtrain.top import top_command
+
+    return top_command(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from bigtrain.report import report_command
+
+    return report_command(args)
 
 
 def _export(args: argparse.Namespace) -> int:
