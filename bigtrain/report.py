@@ -35,7 +35,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, by: By 
     _check(paths)
     watched = [Watched(path, _POINTS) for path in paths]
     for run in watched:
-        run.look(attempts=_LOGS)
+        _look(run)
     names = _names(watched)
     by = by or abscissa(watched)
     charts = charts_of(watched, by, names)
@@ -53,6 +53,14 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None, *, by: By 
             where=str(html),
             do="give another --out, for example report.html",
         ) from e
+
+
+def _look(run: Watched) -> None:
+    try:
+        run.look(attempts=_LOGS)
+    except OSError as e:
+        where = str(e.filename or run.path)
+        raise UserError(f"cannot be read: {e.strerror}", where=where, do="see who may read it") from e
 
 
 def _check(paths: Sequence[Path]) -> None:

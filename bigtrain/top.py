@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigtrain.console import duration, short
+from bigtrain.errors import UserError
 from bigtrain.reporting.blocks import blocks, sensible_frame
 from bigtrain.reporting.events import Event, events_of
 from bigtrain.reporting.watched import Watched, check_run
@@ -41,7 +42,16 @@ def top_command(args: argparse.Namespace) -> int:
 
     path = Path(args.run)
     console = Console(highlight=False)
-    if args.once or not console.is_terminal or console.is_dumb_terminal:
+    try:
+        return _show(path, console, once=args.once, every=max(args.every, 0.1))
+    except OSError as e:
+        raise UserError(
+            f"cannot be read: {e.strerror}", where=str(e.filename or path), do="see who may read it"
+        ) from e
+
+
+def _show(path: Path, console: Console, *, once: bool, every: float) -> int:
+    if once or not console.is_terminal or console.is_dumb_terminal:
         check_run(path)
         run = Watched(path)
         run.look()
@@ -50,7 +60,7 @@ def top_command(args: argparse.Namespace) -> int:
         return 0
     if path.is_dir():  # an absent one may be a job that waits in a queue
         check_run_or_empty(path)
-    _follow(Watched(path), console, max(args.every, 0.1))
+    _follow(Watched(path), console, every)
     return 0
 
 
@@ -71,7 +81,9 @@ def _follow(run: Watched, console: Console, every: float) -> None:
     ):
         while True:
             run.look()
-            lines = screen(run, console.width, console.height, plain=_plain(console))
+            lines = screen(run, console.width, console.height - 1, plain=_plain(console))
+            lines += [_line("")] * (console.height - 1 - len(lines))
+            lines.append(_line((time.strftime("%H:%M:%S  q leaves"), "dim")))
             live.update(Group(*lines), refresh=True)
             if wait(every):
                 break
@@ -132,6 +144,9 @@ def screen(
     """
     now = time.time() if now is None else now
     width = max(width, 40)
+    if not run.path.exists():
+        waiting = (f"{run.path} is not there yet; waiting (q leaves)", _COLOURS["empty"])
+        return [_fitted(line, width, plain) for line in (_line((run.name, "bold")), _line(waiting))]
     head = [*_title(run, width, now), _progress(run, width, plain, now), _line("")]
     rows = _rows(run, width, plain)
     facts = _facts(run, width, now)
@@ -139,7 +154,7 @@ def screen(
     tail = 6 if height is None else height - len(head) - len(rows) - len(facts) - 1
     picture: list[Text] = []
     if height is not None and tail >= 14:  # room to spare: a picture of the loss instead of one line
-        picture = _picture(run, width, min(12, tail - 8), plain)
+        picture = _picture(run, width, min(20, tail - max(3, min(8, len(events))) - 1), plain)
         tail -= len(picture)
     shown = [*head, *picture, *rows, *facts]
     if events and tail > 0:
@@ -179,8 +194,6 @@ def _title(run: Watched, width: int, now: float) -> list[Text]:
         "  ",
         (f" {standing.word} ", f"bold reverse {colour}"),
     ]
-    if not run.path.exists():
-        return [_line(*left), _line((f"{run.path} is not there yet; waiting (q leaves)", colour))]
     said = standing.text
     lines = [_line(*left, "  ", _place(run))]
     if said:
@@ -226,10 +239,10 @@ def _rows(run: Watched, width: int, plain: bool) -> list[Text]:
     """A quantity a line: name, newest value, its curve from the first step to the last."""
     history, last = run.history, run.history.last
     if not last:
-        waiting = "no step is recorded yet" if run.path.exists() else ""
-        return [_line((waiting, "dim"))] + [_held_out(run, width, plain)] * bool(history.evaluations)
+        rows = [_line(("no step is recorded yet", "dim"))]
+        return [*rows, _held_out(run, width, plain)] if history.evaluations else rows
     z = last.get("loss_z")
-    rows = [
+    values = [
         ("loss", _number(last.get("loss"), ".4f") + (f"  {z:+.1f}z" if isinstance(z, float) else ""), "loss"),
         ("gradient norm", _number(last.get("grad_norm"), ".4g"), "grad_norm"),
         ("learning rate", _number(last.get("lr"), ".3e"), "lr"),
@@ -237,11 +250,13 @@ def _rows(run: Watched, width: int, plain: bool) -> list[Text]:
         ("step time", _number(run.step_seconds(), ".3g", " s"), "seconds"),
     ]
     if last.get("mfu") is not None:
-        rows.append(("MFU", _number(last["mfu"], ".1%"), "mfu"))
-    rows.append(("memory, rank 0", _number(last.get("memory_bytes"), ".2f", " GiB", 2**-30), "memory_bytes"))
+        values.append(("MFU", _number(last["mfu"], ".1%"), "mfu"))
+    values.append(
+        ("memory, rank 0", _number(last.get("memory_bytes"), ".2f", " GiB", 2**-30), "memory_bytes")
+    )
     lines = [
         _row(name, value, history.steps.curve(column).mean.tolist(), width, plain)
-        for name, value, column in rows
+        for name, value, column in values
     ]
     if history.evaluations:
         lines.insert(1, _held_out(run, width, plain))

@@ -198,7 +198,7 @@ def labels(values: Sequence[float]) -> list[str]:
     """Numbers for an axis, in one unit: 0, 5k, 10k and not 0, 5000, 10k."""
     largest = max(map(abs, values), default=0.0)
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if largest >= 10 * unit:
+        if largest >= (10 * unit if letter == "k" else unit):
             return ["0" if value == 0 else f"{value / unit:.4g}{letter}" for value in values]
     if 1e-3 <= largest < 1:
         return ["0" if value == 0 else f"{value:.{_decimals(values)}f}" for value in values]

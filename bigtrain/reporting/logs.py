@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -55,8 +56,9 @@ def _written(folder: Path) -> list[Path]:
     found = []
     for file in folder.glob("rank_*.log"):
         rank = file.stem.removeprefix("rank_")
-        if rank.isdigit() and file.stat().st_size:
-            found.append((int(rank), file))
+        with contextlib.suppress(OSError):  # moved aside while we looked
+            if rank.isdigit() and file.stat().st_size:
+                found.append((int(rank), file))
     return [file for _, file in sorted(found)[:_FILES]]
 
 
