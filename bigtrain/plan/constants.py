@@ -27,16 +27,16 @@ class Constants:
     """Share of the memory bandwidth of element-wise kernels."""
     passes: float = 24.0
     """Times that the residual width of a token is read or written in a layer's forward pass, outside of products."""
-    launch: float = 8e-6
-    """Seconds of the CPU to launch a kernel."""
-    kernels: float = 22.0
-    """Kernels of a layer's forward pass."""
+    launches: float = 300e-6
+    """Seconds of the CPU to launch the kernels of a layer's forward pass."""
     link: float = 0.7
     """Share of the bandwidth inside a node that collectives reach."""
     network: float = 0.7
     """Share of the bandwidth between nodes that collectives reach."""
     link_latency: float = 12e-6
     """Seconds of a collective inside a node, however small."""
+    hop: float = 0.5
+    """Share of the messages between pipeline stages that is waited for while the pipeline is full."""
     overlap: float = 0.7
     """Share of the communication of gradients and weights that is hidden behind compute, where there is enough."""
     optimizer_passes: float = 1.3

@@ -43,6 +43,10 @@ class Job:
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
     attention: Literal["flash", "unfused"] = "flash"
     compiled: bool = False
+    overlap: bool = True
+    """Gradients travel while the backward pass makes more."""
+    gradient_bytes: int = 4
+    """Of a gradient on its way; bigtrain adds up in fp32."""
     software: str = "bigtrain"
     """Whose code it is: "bigtrain", or another framework's whose published figures are compared with."""
 

@@ -78,10 +78,11 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     most = max(sum(c[0] for c in mine) * layer.seconds + any(c[2] for c in mine) * head for mine in stages)
     layers = max(sum(c[0] for c in mine) for mine in stages)
     tensor, context = _inside(job, cluster, k)
-    each = most + layers * (tensor + context)  # seconds a microbatch
+    # What a microbatch takes on the average stage: the bubble is the wait for all others.
+    each = (job.model.layers * (layer.seconds + tensor + context) + head) / p
     bubble = bubble_formula(job.schedule, p, v, n) * n * each if p > 1 else 0.0
     update, traffic = _update(job, cluster, k, layers)
-    hidden = min(traffic, k.overlap * (2 / 3) * most * (n if job.zero == 3 else 1))
+    hidden = job.overlap * min(traffic, k.overlap * (2 / 3) * most * (n if job.zero == 3 else 1))
     slower = 1 + k.straggle * math.log2(max(1, cluster.nodes))
     flops = flops_per_token(job.model, job.sequence_length).training
     parts = {
@@ -161,17 +162,24 @@ def _layer_of(
     scores_flops = 4 * T * keys * H * D / t
     if attention == "flash":
         scores = scores_flops / (wide_peak * k.attention)
-    else:  # eight passes over 16-bit scores, all of the square
+    else:  # 11 bytes a score: products, softmax of what is seen, dropout and its mask
         scores = 4 * T * S * H * D / t / (wide_peak * k.matmul)
-        scores += 8 * T * S * H / t * bytes_ / (bandwidth * k.unfused)
+        scores += 5.5 * T * S * H / t * bytes_ / (bandwidth * k.unfused)
     outside = T / t if sequence and t > 1 else T
     traffic = k.passes * outside * C + (3 * up + 1) * T * F / t + 4 * T * (H + 2 * K / min(t, K)) * D / t
     other = traffic * bytes_ / (bandwidth * k.bandwidth) * (0.5 if compiled else 1.0)
-    forward = max(products + scores + other, k.kernels * k.launch)
-    backward = max(2 * products + 2.5 * scores + 2 * other, 1.6 * k.kernels * k.launch)
+    launches = k.launches * (0.5 if compiled else 1.0)
+    forward = _longer(products + scores + other, launches)
+    more = 2.5 if attention == "flash" else 2.0  # the fused backward pass computes the scores again
+    backward = _longer(2 * products + more * scores + 2 * other, 1.5 * launches)
     again = {"none": 0.0, "selective": scores, "full": forward}[recompute]
     share = scores_flops / (scores_flops + 2 * T * sum(a * b for a, b in shapes))
     return Layer(forward + backward + again, share)
+
+
+def _longer(a: float, b: float) -> float:
+    """The longer of two that run beside each other and sometimes wait for each other."""
+    return (a**4 + b**4) ** 0.25  # type: ignore[no-any-return]
 
 
 def _product(rows: float, inner: float, columns: float, peak: float, k: Constants) -> float:
@@ -224,7 +232,7 @@ def _rate(cluster: Cluster, k: Constants, ranks: int, stride: int) -> float:
 def _latency(cluster: Cluster, k: Constants, ranks: int, span: int) -> float:
     """Seconds of the smallest collective."""
     between = cluster.network.latency_us * 1e-6 * math.log2(ranks) if span > cluster.per_node else 0.0
-    return k.link_latency + 2 * between
+    return k.link_latency * (1 + (min(ranks, cluster.per_node) - 1) / 3) + 2 * between
 
 
 def _update(job: Job, cluster: Cluster, k: Constants, layers: int) -> tuple[float, float]:
@@ -243,13 +251,14 @@ def _update(job: Job, cluster: Cluster, k: Constants, layers: int) -> tuple[floa
     wait = _latency(cluster, k, replicas, replicas * job.tensor)
     weights = 4 if job.precision == "fp32" else 2
     times = job.microbatches if zero >= 2 else 1
-    sent = {0: 8.0, 1: 4.0 + weights, 2: 4.0 * times + weights, 3: (4.0 + 2 * weights) * times}[zero]
+    g = job.gradient_bytes
+    sent = {0: 2 * g, 1: g + weights, 2: g * times + weights, 3: (g + 2 * weights) * times}[zero]
     calls = (3 * layers if zero == 3 else 4) * times
     return update, sent * held * ring + calls * wait
 
 
 def _messages(job: Job, cluster: Cluster, k: Constants) -> float:
-    """Hidden states between stages: on the way in and out of the pipeline all of them, else half."""
+    """Hidden states between stages: on the way in and out of the pipeline all are waited for."""
     T = job.microbatch * job.sequence_length / job.context
     shared = job.tensor if job.sequence else 1
     size = T * job.model.width * job_bytes(job) / shared
@@ -260,4 +269,4 @@ def _messages(job: Job, cluster: Cluster, k: Constants) -> float:
         else cluster.gpu.link_gb_s * 1e9 * k.link
     )
     hop = size / rate + k.link_latency + (cluster.network.latency_us * 1e-6 if between else 0.0)
-    return 2 * hop * (job.pipeline - 1) + job.microbatches * job.chunks * hop
+    return 2 * hop * (job.pipeline - 1) + 2 * k.hop * job.microbatches * job.chunks * hop

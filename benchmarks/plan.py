@@ -1,0 +1,237 @@
+"""How far the planner is off: published step times and memory against what it says, on rows it was not fitted to.
+
+python benchmarks/plan.py [DATA] [--rows FILE.csv ...] [--folds 5] [--fit] [--out benchmarks/results/plan.json]
+
+DATA holds published_runs.csv, megatron_ci_memory.csv and vtrain_single_node.csv. Each configuration group is in one
+fold; its rows are judged with constants fitted to the other folds. --fit fits to all rows and prints the constants for
+bigtrain/plan/constants.py. --rows judges further CSVs of the same columns with the shipped constants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import random
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.plan_rows import Row, read_rows
+from bigtrain.plan.constants import CONSTANTS, Constants
+from bigtrain.plan.memory import memory_of
+from bigtrain.plan.steptime import time_of
+
+FITTED = [f.name for f in dataclasses.fields(Constants) if f.name != "spread"]
+SHARES = ("matmul", "attention", "unfused", "bandwidth", "link", "network", "overlap")
+"""At most 1."""
+DECADE = 0.5
+"""Standard deviation of a constant's logarithm around its starting value: what the data does not say stays there."""
+WEIGHTS = {"vTrain-single": 0.25}
+"""Many rows of few kinds: with full weight they would decide alone."""
+FILES = ("published_runs.csv", "vtrain_single_node.csv", "megatron_ci_memory.csv")
+
+
+def planned(row: Row, constants: Constants) -> float:
+    """Seconds of a step; of several possible jobs the fastest that fits."""
+    fitting = [job for job in row.jobs if len(row.jobs) == 1 or _fits(row, job)] or list(row.jobs)
+    return min(time_of(job, row.cluster, constants).total for job in fitting)
+
+
+def _fits(row: Row, job: Any) -> bool:
+    return max(stage.total for stage in memory_of(job)) <= row.cluster.gpu.memory_gib * 2**30
+
+
+def fit(rows: Sequence[Row], start: Constants = CONSTANTS) -> Constants:
+    """Least squares of log(measured / planned), long tails cut, by damped Gauss-Newton steps on the logarithms."""
+    rows = [r for r in rows if r.seconds and r.specified]
+    weights = np.array([WEIGHTS.get(r.source, 1.0) for r in rows])
+    first = np.log([getattr(start, name) for name in FITTED])
+    top = np.array([0.0 if name in SHARES else np.inf for name in FITTED])
+
+    def errors(x: np.ndarray) -> np.ndarray:
+        k = _constants(x)
+        return np.array([math.log(planned(r, k) / r.seconds) for r in rows])  # type: ignore[operator]
+
+    def cost(e: np.ndarray, x: np.ndarray) -> float:
+        return float((weights * _huber(e)).sum() + (((x - first) / DECADE) ** 2).sum() * 0.01)
+
+    x, damping = first, 1e-2
+    e = errors(x)
+    for _ in range(12):
+        slopes = np.stack([(errors(_moved(x, i, 0.02, top)) - e) / 0.02 for i in range(len(x))], 1)
+        robust = weights / np.maximum(1.0, np.abs(e) / 0.15)
+        prior = np.eye(len(x)) * 0.01 / DECADE**2
+        normal = slopes.T @ (robust[:, None] * slopes) + prior
+        right = -(slopes.T @ (robust * e)) - prior @ (x - first)
+        while damping < 1e4:
+            step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), right)
+            new = np.minimum(x + np.clip(step, -0.5, 0.5), top)
+            new_e = errors(new)
+            if cost(new_e, new) < cost(e, x):
+                break
+            damping *= 4
+        else:
+            break
+        done = cost(e, x) - cost(new_e, new) < 1e-3 * cost(e, x)
+        x, e, damping = new, new_e, damping / 3
+        if done:
+            break
+    return _constants(x)
+
+
+def _moved(x: np.ndarray, i: int, by: float, top: np.ndarray) -> np.ndarray:
+    moved = x.copy()
+    moved[i] += by  # a share may pass 1 for the slope alone
+    return moved
+
+
+def _huber(e: np.ndarray) -> np.ndarray:
+    a = np.abs(e)
+    return np.where(a < 0.15, e * e, 0.15 * (2 * a - 0.15))
+
+
+def _constants(x: np.ndarray) -> Constants:
+    values = {name: float(f"{math.exp(v):.4g}") for name, v in zip(FITTED, x, strict=True)}
+    return dataclasses.replace(CONSTANTS, **values)
+
+
+def held_out(rows: Sequence[Row], folds: int) -> dict[str, Constants]:
+    """For every group the constants that were fitted without its fold."""
+    groups = sorted({r.group for r in rows})
+    random.Random(1).shuffle(groups)
+    found: dict[str, Constants] = {}
+    for i in range(folds):
+        out = set(groups[i::folds])
+        constants = fit([r for r in rows if r.group not in out])
+        found |= dict.fromkeys(out, constants)
+        print(f"fold {i + 1} of {folds} fitted", flush=True)
+    return found
+
+
+def table(rows: Sequence[Row], constants: Callable[[Row], Constants]) -> dict[str, Any]:
+    """Errors of step time by source, of memory, and the regret of choosing layouts."""
+    errors: dict[str, list[float]] = defaultdict(list)
+    memory: dict[str, list[float]] = defaultdict(list)
+    inside, open_inside = [], []
+    for row in rows:
+        if row.seconds:
+            k = constants(row)
+            times = [time_of(job, row.cluster, k) for job in row.jobs]
+            low, high = min(t.low for t in times), max(t.high for t in times)
+            (inside if row.specified else open_inside).append(low <= row.seconds <= high)
+            if row.specified:
+                errors[row.source].append(times[0].total / row.seconds - 1)
+        if row.memory_gib and row.specified:
+            stages = memory_of(row.jobs[0])
+            memory[row.source].append(max(s.total - s.unseen for s in stages) / 2**30 / row.memory_gib - 1)
+    return {
+        "step_time": {name: _summary(e) for name, e in sorted(errors.items())}
+        | {"all": _summary(_all(errors))},
+        "memory": {name: _summary(e) for name, e in sorted(memory.items())} | {"all": _summary(_all(memory))},
+        "layout_regret": _regret(rows, constants),
+        "inside_90_interval": {"specified": _share(inside), "not_specified": _share(open_inside)},
+    }
+
+
+def _all(by: dict[str, list[float]]) -> list[float]:
+    return [e for es in by.values() for e in es]
+
+
+def _share(found: Sequence[bool]) -> dict[str, float]:
+    return {"rows": len(found), "share": round(sum(found) / max(1, len(found)), 3)}
+
+
+def _summary(errors: Sequence[float]) -> dict[str, float]:
+    """In per cent."""
+    if not errors:
+        return {"rows": 0}
+    size = sorted(abs(e) for e in errors)
+    return {
+        "rows": len(size),
+        "mape": round(100 * statistics.mean(size), 2),
+        "median": round(100 * statistics.median(size), 2),
+        "p90": round(100 * size[min(len(size) - 1, int(0.9 * len(size)))], 2),
+        "bias": round(100 * statistics.mean(errors), 2),
+    }
+
+
+def _regret(rows: Sequence[Row], constants: Callable[[Row], Constants]) -> dict[str, float]:
+    """Measured time of the layout that the planner calls fastest over the fastest measured, minus 1."""
+    sets: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.choice and row.seconds and row.specified:
+            sets[row.choice].append(row)
+    regrets = []
+    for some in sets.values():
+        if len({r.jobs for r in some}) > 1:
+            chosen = min(some, key=lambda r: planned(r, constants(r)))
+            regrets.append(chosen.seconds / min(r.seconds for r in some) - 1)  # type: ignore[operator,type-var]
+    best = sum(r < 1e-9 for r in regrets)
+    return {
+        "sets": len(regrets),
+        "best_chosen": best,
+        "mean": round(100 * statistics.mean(regrets or [0]), 2),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """As text."""
+    for kind in ("step_time", "memory"):
+        print(f"\n{kind.replace('_', ' '):24s} rows    MAPE  median     p90    bias")
+        for name, s in found[kind].items():
+            if s["rows"]:
+                print(
+                    f"  {name:22s} {s['rows']:4d} {s['mape']:6.1f}% {s['median']:6.1f}% {s['p90']:6.1f}% {s['bias']:+6.1f}%"
+                )
+    r, i = found["layout_regret"], found["inside_90_interval"]
+    print(f"\nlayout regret {r['mean']} % over {r['sets']} sets, the best chosen in {r['best_chosen']}")
+    print(f"inside the 90 % interval: {i['specified']}, rows that leave something open: {i['not_specified']}")
+
+
+def main() -> None:
+    """Fit and judge."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="?", type=Path, default=Path("../shared/data/planner"))
+    parser.add_argument("--rows", type=Path, nargs="*", default=[])
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    for path in options.rows:
+        print(f"{path} with the shipped constants")
+        show(table(read_rows(path), lambda _: CONSTANTS))
+    if options.rows:
+        return
+    rows = [row for name in FILES for row in read_rows(options.data / name)]
+    if options.fit:
+        constants = fit(rows)
+        show(table(rows, lambda _: constants))
+        print("\n".join(f"    {name}: float = {getattr(constants, name):g}" for name in FITTED))
+        return
+    by_group = held_out(rows, options.folds)
+    found = table(rows, lambda row: by_group[row.group])
+    show(found)
+    if options.out:
+        about = {
+            "what": f"errors in per cent on rows left out of the fit, {options.folds} folds over configuration groups",
+            "date": date.today().isoformat(),
+            "python": platform.python_version(),
+            "constants_fitted": len(FITTED),
+        }
+        options.out.write_text(json.dumps(about | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
