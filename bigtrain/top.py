@@ -145,7 +145,7 @@ def screen(
     now = time.time() if now is None else now
     width = max(width, 40)
     if not run.path.exists():
-        waiting = (f"{run.path} is not there yet; waiting (q leaves)", _COLOURS["empty"])
+        waiting = (f"not there yet; waiting for {run.path}", _COLOURS["empty"])
         return [_fitted(line, width, plain) for line in (_line((run.name, "bold")), _line(waiting))]
     head = [*_title(run, width, now), _progress(run, width, plain, now), _line("")]
     rows = _rows(run, width, plain)

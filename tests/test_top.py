@@ -117,7 +117,7 @@ def test_losses_that_are_not_finite(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
-    assert "is not there yet; waiting" in "".join(shown(tmp_path / "run", width=200))
+    assert "not there yet; waiting for" in "".join(shown(tmp_path / "run", width=200))
 
 
 def test_once_prints_one_screen_without_control_codes(
@@ -176,7 +176,7 @@ class Terminal:
 def test_live_it_follows_the_run_and_leaves_cleanly(tmp_path: Path, leave: str) -> None:
     path = tmp_path / "run"
     terminal = Terminal(path)
-    terminal.read_until(b"is not there yet")
+    terminal.read_until(b"not there yet")
     make_run(path, last=30, end="preempted", reason="SIGUSR1")
     terminal.read_until(b"step 30 / 60")
     make_run(path, first=21, last=60)

@@ -10,7 +10,7 @@ from bigtrain.reporting.logs import LOUD
 from bigtrain.reporting.watched import Watched
 
 Tone = Literal["plain", "good", "warn", "bad"]
-_TONES: dict[object, Tone] = {"done": "good", "preempted": "warn", "failed": "bad"}
+_TONES: dict[str, Tone] = {"done": "good", "preempted": "warn", "failed": "bad"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _end(outcome: Mapping[str, Any], start: float) -> Event:
         float(at) if isinstance(at, (int, float)) else start,
         "end",
         " ".join(text.split()),
-        _TONES.get(state, "warn"),
+        _TONES.get(str(state), "warn"),
         step if isinstance(step, int) else None,
     )
 
