@@ -6,7 +6,7 @@ Nothing here depends on the layout, so any layout sees the same global batches (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bigtrain.config import Config
@@ -19,7 +19,7 @@ class Progress:
     step: int = 0
     """Optimizer steps done (skipped ones included)."""
     samples: int = 0
-    """Sequences consumed; the number of the next sample."""
+    """Sequences consumed; with nothing left out (`sample_id`), the number of the next sample."""
     tokens: int = 0
     """Tokens consumed: samples x sequence length."""
 
@@ -91,6 +91,30 @@ def batch_problem(schedule: BatchSchedule, microbatch: int, data_size: int) -> s
     )
 
 
+LeftOut = Sequence[tuple[int, int]]
+"""Ranges [first, last] of samples that a run does not read, in order and apart from each other (`united`)."""
+
+
+def sample_id(number: int, left_out: LeftOut) -> int:
+    """Which sample of the order is read as the run's number-th (from 0) when `left_out` is passed over."""
+    for first, last in left_out:
+        if number < first:
+            break
+        number += last + 1 - first
+    return number
+
+
+def united(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same samples as ranges in order, none touching the next."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if found and first <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(last, found[-1][1]))
+        else:
+            found.append((first, last))
+    return found
+
+
 def rank_samples(
     schedule: BatchSchedule,
     progress: Progress,
@@ -99,16 +123,17 @@ def rank_samples(
     microbatch: int,
     data_rank: int,
     data_size: int,
+    left_out: LeftOut = (),
 ) -> Iterator[list[list[int]]]:
     """For every step left: this rank's microbatches as lists of sample numbers.
 
-    The global batch of a step is one contiguous range of samples. Microbatch i of rank r holds the samples
-    [(i x data_size + r) x microbatch, + microbatch) of that range.
+    The global batch of a step is one contiguous range of samples, `left_out` passed over. Microbatch i of rank r
+    holds the samples [(i x data_size + r) x microbatch, + microbatch) of that range.
     """
     first = progress.samples
     for step in range(progress.step, total_steps):
         size = schedule.size(step)
         stride = microbatch * data_size
         starts = range(first + data_rank * microbatch, first + size, stride)
-        yield [list(range(s, s + microbatch)) for s in starts]
+        yield [[sample_id(n, left_out) for n in range(s, s + microbatch)] for s in starts]
         first += size

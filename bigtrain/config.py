@@ -166,7 +166,7 @@ class TrainConfig(Section):
     eval_sequences: int = Field(default=64, ge=1)
     """Held-out sequences in one evaluation (always the same ones)."""
     max_skipped: int = Field(default=10, ge=1)
-    """Stop after this many steps in a row whose loss or gradient was not finite (each is skipped)."""
+    """Stop after this many steps in a row that were skipped: loss or gradient not finite, or a spike."""
 
 
 class OptimConfig(Section):
@@ -262,6 +262,24 @@ class CheckpointConfig(Section):
     """When the newest checkpoint is damaged: older: say so and go on from the newest sound one; stop: give up."""
 
 
+class GuardConfig(Section):
+    """What to do about spikes: steps whose loss or gradient norm is far above those of the steps before.
+
+    A step whose loss or gradient is not finite is left out whatever stands here.
+    """
+
+    on_spike: Literal["warn", "skip", "rollback"] = "warn"
+    """warn: say so; skip: leave the update out too; rollback: go back to a checkpoint, leave the data out, go on."""
+    sigma: float = Field(default=8.0, gt=0)
+    """How many robust standard deviations above the last updates make a spike."""
+    window: int = Field(default=128, ge=4)
+    """Last updates that a step is compared with; nothing is a spike until half of it is full."""
+    leave_out: int = Field(default=1, ge=1)
+    """rollback: steps, up to and with the spike, whose samples are left out (PaLM left out 200 to 500)."""
+    max_rollbacks: int = Field(default=3, ge=1)
+    """rollback: stop the run at the next spike after this many."""
+
+
 class LogConfig(Section):
     """What is told while it runs. metrics.jsonl is always written."""
 
@@ -287,6 +305,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     layout: LayoutConfig = LayoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
 

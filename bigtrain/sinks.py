@@ -115,7 +115,9 @@ class JsonlSink:
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """(name, value) of a record's finite numbers: train/loss, eval/bits_per_byte."""
+    """(name, value) of a record's finite numbers: train/loss, eval/bits_per_byte; none of an event."""
+    if record.kind == "event":
+        return
     group = "eval" if record.kind == "eval" else "train"
     for key, value in asdict(record).items():
         if key in ("kind", "step", "time") or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -187,7 +189,8 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         """Send the numbers of a record (wandb queues them in its own process)."""
-        self._run.log({"step": record.step, **dict(scalars(record))})
+        if numbers := dict(scalars(record)):
+            self._run.log({"step": record.step, **numbers})
 
     def flush(self) -> None:
         """Nothing to wait for: metrics.jsonl is the record, this is a view of it."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigtrain.budget import BatchSchedule, Progress, batch_problem, rank_samples
+from bigtrain.budget import BatchSchedule, Progress, batch_problem, rank_samples, sample_id, united
 from tests.test_config import small
 
 
@@ -73,3 +76,24 @@ def test_samples_of_the_first_steps_are_the_sum_of_their_sizes() -> None:
     schedule = BatchSchedule(full=16, start=4, ramp_steps=7)
     for steps in (0, 1, 6, 7, 12):
         assert schedule.samples(steps) == sum(schedule.size(s) for s in range(steps))
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 8)), max_size=5), count=st.integers(1, 80)
+)
+def test_what_is_left_out_is_passed_over_and_nothing_else(ranges: list[tuple[int, int]], count: int) -> None:
+    left_out = united((first, first + more) for first, more in ranges)
+    gone = {n for first, more in ranges for n in range(first, first + more + 1)}
+    assert {n for first, last in left_out for n in range(first, last + 1)} == gone
+    assert all(b[0] > a[1] + 1 for a, b in itertools.pairwise(left_out)), "apart from each other, in order"
+    kept = [n for n in range(count + len(gone)) if n not in gone][:count]
+    assert [sample_id(n, left_out) for n in range(count)] == kept
+
+
+def test_ranks_pass_over_what_is_left_out_and_a_resumed_run_too() -> None:
+    schedule, left_out = BatchSchedule(8, 8, 0), [(3, 4), (17, 30)]
+    plan = partial(rank_samples, schedule, microbatch=2, data_size=2, left_out=left_out)
+    ranks = [list(plan(Progress(), 5, data_rank=r)) for r in range(2)]
+    read = [sorted(n for rank in ranks for micro in rank[step] for n in micro) for step in range(5)]
+    assert list(itertools.chain(*read)) == [n for n in range(56) if n not in {3, 4, *range(17, 31)}]
+    assert list(plan(Progress(3, 24), 5, data_rank=1)) == ranks[1][3:]

@@ -26,6 +26,7 @@ from bigtrain.mesh import Mesh
 __all__ = [
     "DamagedError",
     "Resumed",
+    "discard_later",
     "list_checkpoints",
     "load",
     "load_weights",
@@ -124,8 +125,11 @@ def resume(
     *,
     verify: bool = True,
     on_damage: Literal["older", "stop"] = "older",
+    latest: int | None = None,
 ) -> Resumed | None:
     """Fill `pieces()` from the newest sound checkpoint (collective), reading once; None if there is none.
+
+    `latest` leaves aside the checkpoints of later steps.
 
     Raises UserError when it is of another model or optimizer, RunError when checkpoints exist but none is
     sound, or when the newest is not and `on_damage` is "stop".
@@ -133,6 +137,8 @@ def resume(
     paths = together(mesh, lambda: list_checkpoints(root) if mesh.first else [])[0]
     warnings: list[str] = []
     for path in reversed(paths):
+        if latest is not None and (step_of(path.name) or 0) > latest:
+            continue
         try:
             return Resumed(path, load(path, pieces(), verify=verify, mesh=mesh), warnings)
         except DamagedError as e:
@@ -150,6 +156,24 @@ def resume(
             do="restore the files, or start over with --fresh (moves the run aside)",
         )
     return None
+
+
+def discard_later(root: str | Path, step: int) -> list[Path]:
+    """Remove the checkpoints of steps after `step`, newest first; call it on one rank. Returns what was removed.
+
+    A kill in between leaves checkpoints without gaps. Raises RunError when one cannot be removed.
+    """
+    later = [path for path in reversed(list_checkpoints(root)) if (step_of(path.name) or 0) > step]
+    for path in later:
+        try:
+            discard(path)
+        except OSError as e:
+            raise RunError(
+                f"a checkpoint after the step to go back to cannot be removed: {reason(e)}",
+                where=str(path),
+                do="remove it, then run the same command again",
+            ) from e
+    return later
 
 
 def prune(root: str | Path, keep_last: int, keep_every: int = 0) -> list[Path]:

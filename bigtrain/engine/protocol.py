@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ from bigtrain.model.build import materialise
 from bigtrain.model.init import initialise
 from bigtrain.parallel.apply import lay
 
+Refuse = Callable[[float, float], bool]
+"""Whether a step of this (finite) loss and gradient norm is left out. The same answer on every rank."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -25,9 +28,9 @@ class StepResult:
     loss: float
     """Mean plain cross-entropy over the counted tokens of the global batch, in nats."""
     grad_norm: float
-    """Global norm of the gradient of the mean objective, before clipping; inf when the step was skipped."""
+    """Global norm of the gradient of the mean objective, before clipping; inf when it or the loss is not finite."""
     skipped: bool
-    """Loss or gradient was not finite: no weight, no optimizer state, no count was changed."""
+    """Loss or gradient was not finite, or refused: no weight, no optimizer state, no count was changed."""
     loss_scale: float
     """What the loss of this step was multiplied by (1 except in fp16)."""
 
@@ -35,10 +38,13 @@ class StepResult:
 class Engine(Protocol):
     """Turns microbatches into updated weights. All ranks make the same calls in the same order."""
 
-    def train_step(self, microbatches: Sequence[Batch], counted: int, lr: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], counted: int, lr: float, refuse: Refuse | None = None
+    ) -> StepResult:
         """One update from this rank's microbatches (equally many on every rank).
 
-        `counted` is the number of counted tokens in the global batch of all ranks, `lr` this step's rate.
+        `counted` is the number of counted tokens in the global batch of all ranks, `lr` this step's rate. `refuse`
+        is asked before the update, on every rank, from numbers that the step brings to the host anyway.
         """
 
     def evaluate(self, batches: Sequence[Batch]) -> float:

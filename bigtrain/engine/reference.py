@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bigtrain.config import Config
-from bigtrain.engine.protocol import StepResult
+from bigtrain.engine.protocol import Refuse, StepResult
 from bigtrain.engine.scaler import LossScaler
 from bigtrain.logical import Piece, logical_of
 from bigtrain.model.batch import Batch
@@ -47,18 +47,21 @@ class ReferenceEngine:
             for master in group["params"]:
                 materialise_state(self.optimizer, master, group)
 
-    def train_step(self, microbatches: Sequence[Batch], counted: int, lr: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], counted: int, lr: float, refuse: Refuse | None = None
+    ) -> StepResult:
         """See `Engine.train_step`. One synchronisation with the device a step, before the update."""
         scale = self.scaler.scale if self.scaler else 1.0
         loss, norm = self._gradients(microbatches, max(counted, 1), scale)
-        skipped = not math.isfinite(norm)
+        overflow = not math.isfinite(norm)
+        skipped = overflow or (refuse is not None and refuse(loss, norm))
         if not skipped:
             self._update(norm, scale, lr)
         for master in self.masters:
             master.grad = None
         if self.scaler:
-            self.scaler.update(overflow=skipped)
-        return StepResult(loss, math.inf if skipped else norm, skipped, scale)
+            self.scaler.update(overflow=overflow)
+        return StepResult(loss, math.inf if overflow else norm, skipped, scale)
 
     def _gradients(self, microbatches: Sequence[Batch], counted: int, scale: float) -> tuple[float, float]:
         """Fill the masters' .grad with scale x the gradient; loss and unscaled gradient norm."""

@@ -11,8 +11,9 @@ import io
 import logging
 import math
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 
 from bigtrain.config import Config
 from bigtrain.engine.partition import partition_as_built
-from bigtrain.engine.protocol import StepResult
+from bigtrain.engine.protocol import Refuse, StepResult
 from bigtrain.engine.scaler import LossScaler
 from bigtrain.logical import Logical, Piece, boxes_of_flat_range, logical_of
 from bigtrain.mesh import Axis, Mesh
@@ -89,7 +90,9 @@ class ZeroEngine:
                 # What its own hook does outside coalesce_grad_reduction: add up in fp32.
                 p.register_post_accumulate_grad_hook(self.sharder._fill_param_grad_accum_attribute)
 
-    def train_step(self, microbatches: Sequence[Batch], counted: int, lr: float) -> StepResult:
+    def train_step(
+        self, microbatches: Sequence[Batch], counted: int, lr: float, refuse: Refuse | None = None
+    ) -> StepResult:
         """See `Engine.train_step`."""
         scale = self.scaler.scale if self.scaler else 1.0
         if self.scaler:
@@ -102,13 +105,40 @@ class ZeroEngine:
         )
         for group in self.base.param_groups:
             group["lr"] = lr
-        self.engine.step()
-        skipped = bool(self.sharder.overflow)
-        self.updates += not skipped
-        if self.scaler:
-            self.scaler.update(overflow=skipped)
         (nll,) = self.mesh.sum([mine if self.mesh.tensor.rank == 0 else 0.0])
-        return StepResult(nll / max(counted, 1), float(self.sharder._global_grad_norm), skipped, scale)
+        loss = nll / max(counted, 1)
+        refused = self._update(lambda scaled: refuse is not None and refuse(loss, scaled / scale))
+        overflow = self.sharder.overflow and refused is None
+        self.updates += not self.sharder.overflow
+        if self.scaler:
+            self.scaler.update(overflow=overflow)
+        norm = float(self.sharder._global_grad_norm) if refused is None else refused / scale
+        return StepResult(loss, norm, bool(self.sharder.overflow), scale)
+
+    def _update(self, refuse: Callable[[float], bool]) -> float | None:
+        """DeepSpeed's step, unless the norm of the gradients (times the loss scale) is refused; then that norm.
+
+        It knows its norm only inside its step, where it asks whether that is finite before it changes anything. A
+        refused one is answered as if it were not, so that it clears up as after an overflow.
+        """
+        module: Any = sys.modules[type(self.sharder).__module__]
+        finite, asked, refused = module.is_invalid_grad_norm, False, None
+
+        def invalid(norm: Any) -> bool:
+            nonlocal asked, refused
+            if finite(norm):
+                return True
+            if not asked and refuse(float(norm)):
+                refused = float(norm)
+            asked = True  # it asks about norms of partitions too, later on
+            return refused is not None
+
+        module.is_invalid_grad_norm = invalid
+        try:
+            self.engine.step()
+        finally:
+            module.is_invalid_grad_norm = finite
+        return refused
 
     def _one_by_one(self, microbatches: Sequence[Batch], factor: float) -> float:
         """Forward and backward, microbatch after microbatch; gradients are reduced on the way."""
