@@ -20,7 +20,6 @@ from bigtrain.cli import main
 from bigtrain.errors import UserError
 from bigtrain.metrics import to_json
 from bigtrain.report import report
-from tests.runs.conftest import Tiny
 from tests.watching_parts import evaluation, make_run, record, rename, write_log
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -349,13 +348,3 @@ def test_dark_mode_and_a_phone(resumed: Path, tmp_path: Path, browse: Callable[.
     probe = probe.rename(page.parent / "phone.html")
     dom = browse(probe, "--dump-dom", "--allow-file-access-from-files")
     assert "<title>360 of 360</title>" in dom
-
-
-@pytest.mark.runs
-def test_a_real_run(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
-    result = tiny("report", str(whole), "--out", str(tmp_path / "out"))
-    assert result.code == 0, result.err
-    page = Page((tmp_path / "out" / "index.html").read_text())
-    for text in ("tiny done", "steps 30 of 30", "checkpoint of step 30 saved", "the longest document has"):
-        assert text in page.text, text
-    assert {"loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes"} <= set(page.ids)

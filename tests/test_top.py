@@ -19,7 +19,6 @@ import pytest
 from bigtrain.cli import main
 from bigtrain.reporting.watched import Watched
 from bigtrain.top import screen, size
-from tests.runs.conftest import Tiny
 from tests.watching_parts import START, make_run, rename, write_log
 
 NOW = START + 3600 + 125.0
@@ -190,11 +189,3 @@ def test_live_it_follows_the_run_and_leaves_cleanly(tmp_path: Path, leave: str) 
     assert b"Traceback" not in after
     assert b"step 60 / 60" in after, "the last screen stays"
     assert b"\x1b[?25h" in terminal.seen, "the cursor is back"
-
-
-@pytest.mark.runs
-def test_a_real_run(tiny: Tiny, whole: Path) -> None:
-    result = tiny("top", str(whole), "--once")
-    assert result.code == 0, result.err
-    for text in (" done ", "step 30 / 30", "100.0%", "steps 20  25  30", "done after step 30", "held out"):
-        assert text in result.out
