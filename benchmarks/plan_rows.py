@@ -168,14 +168,11 @@ def _possible(base: Job, microbatch: str, chunks: str) -> Iterator[Job]:
             batch = max(1, each // size) * size * base.data  # some sources round
             schedule = "interleaved" if count > 1 else "1f1b"
             even = (base.model.layers // (base.pipeline * count),) * (base.pipeline * count)
-            yield replace(
-                base,
-                split=even if base.pipeline > 1 and sum(even) == base.model.layers else None,
-                microbatch=size,
-                chunks=count,
-                schedule=schedule,
-                global_batch=batch,
-            )
+            # nanotron balances its stages by cost, head included, as bigtrain does; the others have equal ones.
+            equal = base.pipeline > 1 and base.software != "nanotron" and sum(even) == base.model.layers
+            split = even if equal else None
+            layout = {"microbatch": size, "chunks": count, "schedule": schedule, "split": split}
+            yield replace(base, global_batch=batch, **layout)  # type: ignore[arg-type]
 
 
 _CI_GPU = {"a100": "a100-80gb", "h100": "h100-80gb", "gb200": "gb200"}
@@ -226,7 +223,9 @@ def _megatron_ci(row: Mapping[str, str]) -> Row | None:
         zero=1 if row["use_distributed_optimizer"] == "True" else 0,
         recompute="full" if row["recompute_granularity"] == "full" else "none",
         precision="fp16" if row["fp16"] == "True" else "bf16",
-        attention="unfused" if row["attention_backend"] == "unfused" else "flash",
+        attention="unfused"
+        if "unfused" in row["attention_backend"] or row["transformer_impl"] == "local"
+        else "flash",
         software="Megatron-LM",
     )
     seconds, memory = row["iter_time_s_median"], row["max_allocated_bytes"]

@@ -185,7 +185,11 @@ def kept_by_layer(job: Job) -> Kept:
     elements = 2 * outside * C + 2 * T * C + T * heads + T * wide
     layer = bytes_ * elements + 4 * T * H / t
     if job.attention == "unfused" and job.recompute != "selective":
-        layer += 5 * H / t * T * job.sequence_length  # scores, softmax, dropout mask
+        layer += (
+            4 * H / t * T * job.sequence_length
+        )  # softmax, and dropout's mask and result where there is any
+    if job.recompute == "selective" and job.software != "bigtrain":
+        layer *= 0.5  # FSDP users' selective recompute keeps every other product
     waiting = bytes_ * outside * C if job.recompute == "full" else layer
     passing = bytes_ * T * (3 * F / t + 2 * C)
     return Kept(layer, waiting, passing)
@@ -216,6 +220,9 @@ def _state(job: Job, held: float, layer: float) -> tuple[float, float, float, fl
     gradients = 4.0 * held * (share if zero >= 2 else 1.0)
     if job.offload:
         optimizer = 0.0
+    if job.software != "bigtrain":  # Megatron's buckets are its gradients; FSDP holds two layers whole
+        whole = 2 * layer * (2 + 4) if zero == 3 else 0.0
+        return weights * (share if zero == 3 else 1), gradients, optimizer, whole
     if zero == 0:
         return weights, gradients, optimizer, 2.0 * REPLICA_BUCKET_BYTES if replicas > 1 else 0.0
     buffers = 2 * 4.0 * min(BUCKET_ELEMENTS, held / 8)
@@ -230,6 +237,10 @@ def _logits(job: Job) -> float:
     states and, in fp32, of the matrix, which the fused loss keeps from its forward pass."""
     m, T, bytes_ = job.model, _tokens(job), job_bytes(job)
     rows = m.vocab_size / job.tensor
+    if (
+        job.software != "bigtrain"
+    ):  # all of them at once: fp32, and their 16-bit gradient (measured: 6 to 8 bytes)
+        return 7 * T * rows
     chunk = min(T, max(CHUNK_TOKENS, CHUNK_LOGITS // rows)) * rows
     return chunk * (2 * bytes_ + 8) + T * m.width * bytes_ + rows * m.width * 4
 

@@ -22,6 +22,8 @@ from bigtrain.plan.job import Job
 from bigtrain.plan.memory import job_bytes, layer_parameters, layers_of_stages
 
 PARTS = ("compute", "tensor", "context", "data", "pipeline", "bubble", "optimizer", "fixed")
+A100 = 312e12
+"""FLOP/s of the card to which shares of the peak refer."""
 HOST_BYTES = 20e9
 """Bytes a second between a card and host memory, with the update there: PCIe 4.0 x16 in practice."""
 
@@ -93,7 +95,7 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
         "pipeline": _messages(job, cluster, k) if p > 1 else 0.0,
         "bubble": bubble * slower,
         "optimizer": update,
-        "fixed": k.fixed,
+        "fixed": k.fixed + k.fixed_nodes * math.log2(max(1, cluster.nodes)),
     }
     peak = sum(parts.values()) * job.ranks * cluster.gpu.flops(job.precision)
     mfu = job.tokens_per_step * flops / peak
@@ -161,14 +163,14 @@ def _layer_of(
     keys = visible_keys(m, S) / S
     scores_flops = 4 * T * keys * H * D / t
     if attention == "flash":
-        scores = scores_flops / (wide_peak * k.attention)
+        scores = scores_flops / (math.sqrt(wide_peak * A100) * k.attention)
     else:  # 11 bytes a score: products, softmax of what is seen, dropout and its mask
         scores = 4 * T * S * H * D / t / (wide_peak * k.matmul)
         scores += 5.5 * T * S * H / t * bytes_ / (bandwidth * k.unfused)
     outside = T / t if sequence and t > 1 else T
     traffic = k.passes * outside * C + (3 * up + 1) * T * F / t + 4 * T * (H + 2 * K / min(t, K)) * D / t
     other = traffic * bytes_ / (bandwidth * k.bandwidth) * (0.5 if compiled else 1.0)
-    launches = k.launches * (0.5 if compiled else 1.0)
+    launches = k.launches * (0.5 if compiled else 1.0) * (2.0 if attention == "unfused" else 1.0)
     forward = _longer(products + scores + other, launches)
     more = 2.5 if attention == "flash" else 2.0  # the fused backward pass computes the scores again
     backward = _longer(2 * products + more * scores + 2 * other, 1.5 * launches)
@@ -186,7 +188,8 @@ def _product(rows: float, inner: float, columns: float, peak: float, k: Constant
     """Seconds of (rows, inner) @ (inner, columns)."""
     flops = 2 * rows * inner * columns
     narrow = min(rows, inner, columns)
-    share = k.matmul * flops / (flops + k.matmul_half) * narrow / (narrow + k.narrow) * (1 + k.narrow / 16384)
+    share = k.matmul * (A100 / peak) ** k.power
+    share *= flops / (flops + k.matmul_half * peak / A100) * narrow / (narrow + k.narrow)
     return flops / (peak * share)
 
 
