@@ -218,6 +218,7 @@ def _megatron_ci(row: Mapping[str, str]) -> Row | None:
         pipeline=p,
         schedule="interleaved" if v > 1 else "1f1b",
         chunks=v,
+        split=(layers // (p * v),) * (p * v) if p > 1 and layers % (p * v) == 0 else None,
         context=c,
         data=data,
         zero=1 if row["use_distributed_optimizer"] == "True" else 0,

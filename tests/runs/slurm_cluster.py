@@ -73,7 +73,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
-            daemon.wait(timeout=30)
+            daemon.wait(timeout=120)
 
 
 def _munge() -> None:

@@ -18,9 +18,9 @@ from tests.runs import slurm_cluster
 from tests.runs.conftest import Tiny, losses_of
 from tests.runs.worlds import ROOT
 
-pytestmark = [pytest.mark.runs, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.runs, pytest.mark.timeout(1500)]
 
-SETTINGS = ("train.steps=240", "train.eval_every=0", "checkpoint.every_steps=10", "layout.zero=0")
+SETTINGS = ("train.steps=100", "train.eval_every=0", "checkpoint.every_steps=10", "layout.zero=0")
 SETS = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
@@ -43,7 +43,7 @@ def step_of(run: Path) -> int:
     return path.read_text().count('"kind": "step"') if path.exists() else 0
 
 
-def until(what: str, condition: Callable[[], bool], seconds: float = 180) -> None:
+def until(what: str, condition: Callable[[], bool], seconds: float = 300) -> None:
     """Wait for a condition."""
     ends = time.monotonic() + seconds
     while not condition():
@@ -75,16 +75,16 @@ def disturb(
 ) -> None:
     """A rank dies: the script goes on by itself; a signal asks to stop: it saves; started again: it ends."""
     script = begin()
-    until("step 15", lambda: step_of(run) >= 15)
+    until("step 12", lambda: step_of(run) >= 12)
     os.kill(rank_pid(run, variable, 1), signal.SIGKILL)
     until("the restart", lambda: "resumed from step_" in log.read_text())
     before = step_of(run)
-    until("ten steps after the restart", lambda: step_of(run) >= before + 10)
+    until("a step after the restart", lambda: step_of(run) > before)
     script.send_signal(ask)
-    script.wait(timeout=120)
+    script.wait(timeout=300)
     assert state_of(run)["state"] == "preempted", log.read_text()
     assert state_of(run)["reason"] in ("SIGTERM", ask.name)
-    assert begin().wait(timeout=240) == 0, log.read_text()
+    assert begin().wait(timeout=600) == 0, log.read_text()
     assert state_of(run)["state"] == "done"
 
 
@@ -166,7 +166,7 @@ def test_slurm(by: str, slurm: dict[str, str], tiny: Tiny, undisturbed: list[flo
         return "".join(path.read_text() for path in (run / "launch").glob("slurm-*.out"))
 
     job = submit(run)
-    until("step 15", lambda: step_of(run) >= 15)
+    until("step 12", lambda: step_of(run) >= 12)
     os.kill(rank_pid(run, "RANK" if by == "torchrun" else "SLURM_PROCID", 1), signal.SIGKILL)
     until("the restart", lambda: "resumed from step_" in log(run))
     subprocess.run(["scancel", "--signal=USR1", job], env=env, check=True)
@@ -175,7 +175,7 @@ def test_slurm(by: str, slurm: dict[str, str], tiny: Tiny, undisturbed: list[flo
     assert state_of(run)["reason"] == "SIGUSR1"
     # SLURM holds a requeued job back for two minutes.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=env, check=True)
-    until("the end", lambda: job not in jobs(env), 300)
+    until("the end", lambda: job not in jobs(env), 600)
     assert state_of(run)["state"] == "done", log(run)
     assert losses_of(run) == undisturbed
 
