@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from bigtrain import __version__
@@ -13,6 +14,8 @@ from bigtrain.errors import BigtrainError, UserError
 
 _Raw = argparse.RawDescriptionHelpFormatter
 if TYPE_CHECKING:
+    from bigtrain.config import Config
+
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _EPILOG = """\
@@ -38,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bigtrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
-        *(_add_prepare, _add_train, _add_launch, _add_generate, _add_evaluate, _add_inspect),
+        *(_add_prepare, _add_plan, _add_train, _add_launch, _add_generate, _add_evaluate, _add_inspect),
         *(_add_top, _add_report, _add_export, _add_import, _add_quickstart),
     ):
         add(verbs)
@@ -78,6 +81,58 @@ examples:
     p.add_argument("--seed", type=int, default=1, help="decides the order of the documents")
     p.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --out")
     p.set_defaults(run_verb=_prepare)
+
+
+def _add_plan(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "plan",
+        help="memory, time, cost and the best layout on a cluster, before paying for it",
+        formatter_class=_Raw,
+        description="Plan a run without a GPU: what a config takes on a cluster, or which config a budget is best\n"
+        "spent on. Estimates come with the interval that should hold the truth.",
+        epilog="""\
+examples:
+  bigtrain plan llama-8b --gpus 64 --gpu h100                       memory, speed, days
+  bigtrain plan llama-8b --gpus 1024 --gpu h100 --layout auto --tokens 2T --price 2.5
+  bigtrain plan --budget 5000gpuh --gpu h100 --out mine.toml        model, data, rate, batch and layout as a config
+  bigtrain plan llama-70b --gpus 512 --gpu h200 --pictures plots/   memory, pipeline and scaling as PNGs
+  bigtrain plan llama-405b --gpus 16384 --dry-run                   run the real code with fake tensors, compare
+  bigtrain plan --calibrate runs/mine                               compare a finished run; then --calibration FILE
+
+Amounts: 2T, 15e12, 500B; 5000gpuh, 20000usd (with --price). Leaves with 1 when the layout does not fit the card.""",
+    )
+    p.add_argument("config", nargs="?", metavar="CONFIG", help="a TOML file, or a shipped config by name")
+    _set_argument(p, "change one key: --set layout.tensor=8 (repeatable)")
+    p.add_argument("--gpus", type=_count, help="how many GPUs")
+    p.add_argument("--gpu", default="h100", help="which (default h100)")
+    p.add_argument("--network", metavar="NAME", help="between nodes (default: the usual one of the GPU)")
+    p.add_argument("--hardware", metavar="FILE", help="TOML with more GPUs and networks")
+    p.add_argument("--layout", choices=["config", "auto"], default="config", help="auto: search all layouts")
+    p.add_argument("--tokens", metavar="N", help="train on so many tokens instead of the config's")
+    p.add_argument("--price", metavar="P", help="of one GPU-hour")
+    p.add_argument(
+        "--budget", metavar="AMOUNT", help="propose the best config for it; a CONFIG fixes model and data"
+    )
+    p.add_argument("--out", metavar="FILE", help="with --budget, --calibrate: the file to write")
+    p.add_argument("--overwrite", action="store_true", help="replace the file that is there")
+    p.add_argument("--pictures", metavar="DIR", help="draw memory, pipeline and scaling into a folder")
+    p.add_argument(
+        "--dry-run", action="store_true", help="execute a step's real code with fake tensors; compare"
+    )
+    p.add_argument(
+        "--calibrate", metavar="RUN", help="compare a finished run with its plan, store the correction"
+    )
+    p.add_argument("--calibration", metavar="FILE", help="correct by what --calibrate stored")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run_verb=_plan)
+
+
+def _count(text: str) -> int:
+    """A number of GPUs, at least 1."""
+    number = int(text.replace(",", "").replace("_", ""))
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
 
 
 def _set_argument(p: argparse.ArgumentParser, meaning: str) -> None:
@@ -366,10 +421,27 @@ def _prepare(args: argparse.Namespace) -> int:
     return prepare_command(args)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from bigtrain.plan.planning import plan_command
+
+    return plan_command(args)
+
+
 def _train(args: argparse.Namespace) -> int:
     from bigtrain.configfile import find_config, load
+    from bigtrain.place import discover
 
-    config = load(find_config(args.config), args.overrides)
+    place = discover()
+
+    def choose_layout(config: Config) -> Config:
+        from bigtrain.plan.auto import choose
+
+        chosen, note = choose(config, place, Path(args.run_dir or f"runs/{config.name}"), fresh=args.fresh)
+        if place.rank == 0:
+            print(note, flush=True)
+        return chosen
+
+    config = load(find_config(args.config), args.overrides, auto=choose_layout)
     if args.dry:
         from bigtrain.explain import explain_config
 
@@ -380,9 +452,8 @@ def _train(args: argparse.Namespace) -> int:
 
         return lr_find(config, args.run_dir or f"runs/{config.name}")
     from bigtrain.grid import grid_of
-    from bigtrain.place import discover
 
-    grid_of(config, discover().world)  # a layout that cannot be is refused before torch is imported (5 s)
+    grid_of(config, place.world)  # a layout that cannot be is refused before torch is imported (5 s)
     from bigtrain.train import train
 
     return train(config, args.run_dir or f"runs/{config.name}", fresh=args.fresh)

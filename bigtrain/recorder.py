@@ -20,6 +20,7 @@ from bigtrain.grid import layout_notes
 from bigtrain.heldout import HeldOut
 from bigtrain.interop.initial import start_from
 from bigtrain.metrics import Meter, peak_flops, read_records, recent_losses
+from bigtrain.plan.calibration import beside_plan
 from bigtrain.plan.flops import flops_per_token
 from bigtrain.plan.scaling import Suggestion
 from bigtrain.rundir import RunDir, State
@@ -227,6 +228,18 @@ class Recorder:
         if self.parts.mesh.first:
             again = "the same command goes on from here" if state == "preempted" else ""
             print("\n" + summary(self.run.path, again), flush=True)
+            if planned := self._beside_plan():
+                print(planned, flush=True)
+
+    def _beside_plan(self) -> str:
+        """The planner's step time and memory beside the run's; nothing on CPUs, of which it has no model."""
+        import torch
+
+        mesh = self.parts.mesh
+        if mesh.device.type != "cuda":
+            return ""
+        name, records = torch.cuda.get_device_name(mesh.device), read_records(self.run.metrics)
+        return beside_plan(self.parts.config, name, mesh.world, mesh.place.local_world, records)
 
     def fail(self, reason: str) -> None:
         """The run ended as it should not: rank 0 writes the outcome, every rank's log says why it stopped."""

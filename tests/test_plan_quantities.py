@@ -47,5 +47,6 @@ def test_printed() -> None:
     assert [short(n) for n in (999, 1500, 160e9, 15.6e12)] == ["999", "1.5k", "160B", "15.6T"]
     assert gibibytes(80 * 2**30) == "80 GiB"
     assert gibibytes(5 * 2**40) == "5 TiB"
+    assert gibibytes(7 * 2**20) == "7 MiB"
     times = (0.0123, 4.31, 150, 9000, 3 * 86400, 800 * 86400)
     assert [span(t) for t in times] == ["12.3 ms", "4.31 s", "2.5 min", "2.5 h", "3 days", "2.19 years"]

@@ -89,7 +89,9 @@ def short(number: float) -> str:
 
 
 def gibibytes(count: float) -> str:
-    """A size on a card or disk in GiB or TiB (2^30, 2^40 bytes)."""
+    """A size on a card or disk in MiB, GiB or TiB (2^20, 2^30, 2^40 bytes)."""
+    if count < 2**29:
+        return f"{count / 2**20:.3g} MiB"
     return f"{count / 2**40:.3g} TiB" if count >= 1000 * 2**30 else f"{count / 2**30:.3g} GiB"
 
 

@@ -95,7 +95,7 @@ class LossLaw:
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Nats a token."""
-        return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
+        return float(self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta)
 
     def best(self, compute: float) -> tuple[float, float]:
         """(parameters, tokens) of the least loss for `compute` FLOPs."""
