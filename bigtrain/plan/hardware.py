@@ -86,7 +86,7 @@ def find_gpu(name: str, extra: Path | None = None) -> Gpu:
     wanted = _key(name)
     found = _SHORT.get(wanted, wanted)
     if found not in known:  # as a driver says it
-        words = [key for key in (*known, *_SHORT) if all(part in wanted for part in key.split("-"))]
+        words = [key for key in (*known, *_SHORT) if {*key.split("-")} <= {*wanted.split("-")}]
         found = max(words, key=len, default="")
         found = _SHORT.get(found, found)
     if found not in known:

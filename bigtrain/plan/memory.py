@@ -91,7 +91,7 @@ def layer_parameters(model: ModelConfig, tensor: int) -> Shares:
     up = 2 if model.activation == "swiglu" else 1
     kv = 2 * K * D / min(tensor, K)  # more ranks than kv heads hold copies
     matrices = C * (2 * H * D / tensor + kv) + (up + 1) * C * F / tensor
-    norms = 2.0 * C * (2 if model.norm == "layernorm" and model.bias else 1)
+    norms = 2.0 * _norm(model)
     if model.bias or model.qkv_bias:
         matrices += H * D / tensor + kv
     if model.bias:
@@ -100,6 +100,10 @@ def layer_parameters(model: ModelConfig, tensor: int) -> Shares:
     if model.qk_norm:
         norms += 2 * D
     return Shares(matrices, norms)
+
+
+def _norm(model: ModelConfig) -> int:
+    return model.width * (2 if model.norm == "layernorm" and model.bias else 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -131,7 +135,7 @@ def _stage(job: Job, stage: int, chunks: tuple[tuple[int, bool, bool], ...]) -> 
     ends = m.vocab_size * m.width / t * ((first or (last and m.tied)) + (last and not m.tied))
     if first and m.position == "learned":
         ends += m.max_length * m.width
-    held = layers * (layer.cut + layer.whole) + ends + last * m.width
+    held = layers * (layer.cut + layer.whole) + ends + last * _norm(m)
     kept = kept_by_layer(job)
     live = _in_flight(job, stage) * layers / len(chunks)  # layers whose activations wait for a backward pass
     activations = live * kept.waiting + (kept.layer - kept.waiting if job.recompute == "full" else 0.0)
