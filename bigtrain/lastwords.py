@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -18,7 +19,7 @@ def leave_word(store: Store, rank: int, message: str) -> None:
     """Tell the others why this rank fails, before its connections close. The first rank counts. Never raises."""
     word = json.dumps({"rank": rank, "message": message})
     try:
-        if _alive(store):
+        if reachable(store):
             within(2.0, lambda: store.compare_set("roll/word", "", word))
     except Exception:
         return  # the others are left without a word; the error that brought us here matters more
@@ -41,13 +42,16 @@ def _word(store: Store) -> str | None:
         return ""
 
     try:
-        return within(1.5, look) if _alive(store) else None
+        return within(1.5, look) if reachable(store) else None
     except Exception:
         return None
 
 
-def _alive(store: Store) -> bool:
-    """Whether something still listens where the store was; a request to one that is gone prints a C++ stack."""
+def reachable(store: Store) -> bool | None:
+    """Whether something still listens where the store was: False when it is refused, None when nothing answers.
+
+    A request to a store that is gone prints a C++ stack, and hangs where the link is cut.
+    """
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     if not isinstance(store, TCPStore):
@@ -55,8 +59,10 @@ def _alive(store: Store) -> bool:
     try:
         socket.create_connection((store.host, store.port), timeout=0.5).close()
         return True
-    except OSError:
+    except ConnectionRefusedError:
         return False
+    except OSError:
+        return None
 
 
 # What gloo and NCCL say when a peer has gone or does not answer, and NCCL's names for what this rank did wrong.
@@ -67,10 +73,12 @@ _GONE = re.compile(
 _OURS = re.compile("ncclUnhandledCudaError|ncclInvalid|out of memory")
 
 
-def lost_connection(error: BaseException, store: Store, rank: int) -> RunError | None:
+def lost_connection(
+    error: BaseException, store: Store, rank: int, ask: Callable[[str], str] | None = None
+) -> RunError | None:
     """What a torch error means when it means that another rank has gone or hangs; None for any other error.
 
-    Names the first rank that failed and its words, if it left any.
+    Names the first rank that failed and its words, if it left any; else `ask`, the watchdog, may know which it was.
     """
     text = str(error)
     lost = isinstance(error, (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)) or (
@@ -85,6 +93,9 @@ def lost_connection(error: BaseException, store: Store, rank: int) -> RunError |
         return RunError(
             f"stopped because of {word}", where=f"rank {rank}", do="mend that rank's error and start again"
         )
+    verdict = ask(_excerpt(text)) if ask and word is not None else ""
+    if verdict:
+        return RunError(verdict, where=f"rank {rank}", do=f"{_LOOK}; the same command resumes")
     if word is None:
         what = f"lost the other ranks, and {store_host()} with the store is gone"
     elif "imed out" in text or "timeout" in text:
@@ -94,8 +105,11 @@ def lost_connection(error: BaseException, store: Store, rank: int) -> RunError |
     return RunError(
         f"{what} ({_excerpt(text)})",
         where=f"rank {rank}",
-        do="see the launcher's output and RUN/logs; a rank that was killed, by out of memory too, leaves no word",
+        do=f"{_LOOK}; a rank that was killed, by out of memory too, leaves no word",
     )
+
+
+_LOOK = "see the launcher's output and RUN/logs"
 
 
 def _excerpt(text: str) -> str:

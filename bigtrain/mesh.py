@@ -6,6 +6,7 @@ passed to whatever communicates. Nothing reads a global process group.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -207,6 +208,13 @@ def choose_device(place: Place) -> torch.device:
     return device
 
 
+def record_collectives() -> None:
+    """Have torch's flight recorder remember the last collectives, for NCCL and gloo, and NCCL write it when one times
+    out. `bigtrain.whereabouts` reads it. torch reads these variables when the first group is made."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
 def rendezvous(
     grid: Grid | None = None,
     *,
@@ -232,6 +240,7 @@ def rendezvous(
     except UserError as e:
         excuse(place, e, timeout)
         raise
+    record_collectives()
     store = roll_call(place, {**(facts or {}), "device": device.type}, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:

@@ -74,7 +74,22 @@ class EvalRecord:
     kind: str = "eval"
 
 
-Record = StepRecord | EvalRecord
+@dataclass(frozen=True)
+class EventRecord:
+    """Something that happened at `step`, and is worth knowing later."""
+
+    step: int
+    name: str
+    """What it is: "straggler"."""
+    text: str
+    """For people."""
+    data: dict[str, Any]
+    """For programs."""
+    time: float
+    kind: str = "event"
+
+
+Record = StepRecord | EvalRecord | EventRecord
 
 WINDOW = 128
 """Steps that a loss is compared with (as llm.c's outlier detector)."""

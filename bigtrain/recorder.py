@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +20,13 @@ from bigtrain.errors import UserError
 from bigtrain.grid import layout_notes
 from bigtrain.heldout import HeldOut
 from bigtrain.interop.initial import start_from
-from bigtrain.metrics import Meter, peak_flops, read_records, recent_losses
+from bigtrain.metrics import EventRecord, Meter, peak_flops, read_records, recent_losses
 from bigtrain.plan.calibration import beside_plan
 from bigtrain.plan.flops import flops_per_token
 from bigtrain.plan.scaling import Suggestion
 from bigtrain.rundir import RunDir, State
 from bigtrain.sinks import Sinks, open_sinks
+from bigtrain.stragglers import Stragglers
 
 if TYPE_CHECKING:
     from bigtrain.train import Parts
@@ -41,6 +43,7 @@ class Recorder:
         self.startup = startup
         self.progress = Progress()
         self.console: Console | None = None
+        self.stragglers: Stragglers | None = None
         self._sinks = Sinks([], warn=_log.warning)
         self._meter: Meter | None = None
         keep = parts.config.checkpoint
@@ -173,7 +176,15 @@ class Recorder:
             self.console.say(
                 f"step {progress.step}: the loss or gradient was not finite; the update is skipped"
             )
+        self._say_slow(progress)
         self._say_saved()
+
+    def _say_slow(self, progress: Progress) -> None:
+        """Ranks that were found to be slow: once on the console, with a line for programs in metrics.jsonl."""
+        for slow in self.stragglers.news() if self.stragglers else ():
+            self._sinks.write(EventRecord(progress.step, "straggler", str(slow), asdict(slow), time.time()))
+            if self.console is not None:
+                self.console.say(str(slow))
 
     def on_eval(self, progress: Progress, result: HeldOut) -> None:
         """See `trainer.Observer`."""
@@ -247,6 +258,10 @@ class Recorder:
         self._saver.leave()
         self._say_saved()
         self._close()
+        self.run.finish("failed", self.progress.step, reason)
+
+    def abandon(self, reason: str) -> None:
+        """The watchdog is about to end the process while the main thread hangs: the outcome, and no more."""
         self.run.finish("failed", self.progress.step, reason)
 
     def _close(self) -> None:

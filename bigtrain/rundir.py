@@ -97,6 +97,11 @@ class RunDir:
         """The metrics file."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def logs(self) -> Path:
+        """Folder of this attempt's logs, one file a rank."""
+        return self.path / "logs" / f"{self.attempt:04d}"
+
     def folder(self, name: Literal["samples", "plots", "tensorboard"]) -> Path:
         """A folder of the run, made if need be."""
         (self.path / name).mkdir(exist_ok=True)
@@ -131,8 +136,8 @@ class RunDir:
 
     def _start_log(self) -> None:
         """Send this rank's logging (bigtrain's from INFO on, torch's, DeepSpeed's) and warnings to its own file."""
-        file = self.path / "logs" / f"{self.attempt:04d}" / f"rank_{self.mesh.rank}.log"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = self.logs / f"rank_{self.mesh.rank}.log"
+        self.logs.mkdir(parents=True, exist_ok=True)
         self._log = logging.FileHandler(file)
         self._log.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._log)

@@ -34,7 +34,9 @@ from bigtrain.rollcall import code_digest
 from bigtrain.rundir import RunDir
 from bigtrain.signals import StopFlag
 from bigtrain.sinks import check_sinks
+from bigtrain.stragglers import OwnTime, Stragglers
 from bigtrain.trainer import Trainer
+from bigtrain.watchdog import Pulse, Watchdog, crash_stacks
 
 VERIFIED_TOKENS = 2**28
 """Corpora up to this size are verified before training: at most 1 GB, read at 2 GB/s."""
@@ -53,6 +55,8 @@ class Parts:
     """This rank's held-out microbatches; empty when the dataset has no held-out token."""
     engine: Engine
     schedule: BatchSchedule
+    clock: OwnTime
+    """Knows of every forward pass of this rank's layers."""
 
     def tokens_between(self, first: int, last: int) -> int:
         """Tokens that steps first .. last - 1 consume."""
@@ -77,8 +81,11 @@ class Parts:
         self.engine.close()
 
 
-def assemble(config: Config, mesh: Mesh) -> Parts:
-    """Build everything a run needs. Raises UserError for whatever does not fit together."""
+def assemble(config: Config, mesh: Mesh, pulse: Pulse | None = None) -> Parts:
+    """Build everything a run needs. Raises UserError for whatever does not fit together.
+
+    `pulse` is told of progress.
+    """
     torch.set_num_threads(config.layout.threads or _default_threads(mesh))
     check_sinks(config.log)
     corpus = Corpus.open(config.data.path)
@@ -95,8 +102,13 @@ def assemble(config: Config, mesh: Mesh) -> Parts:
         device="meta",
         seed=config.train.seed,
     )
+    layers = list(model.layers)
     engine = make_engine(model, config, mesh)
-    return Parts(config, mesh, corpus, tokenizer, loader, held_out, engine, BatchSchedule.of(config))
+    clock = OwnTime(pulse or Pulse(), mesh.device)
+    clock.follow(
+        layers
+    )  # after the engine's hooks: a layer whose weights are being gathered waits for others
+    return Parts(config, mesh, corpus, tokenizer, loader, held_out, engine, BatchSchedule.of(config), clock)
 
 
 def _verify_small(corpus: Corpus, mesh: Mesh) -> None:
@@ -171,12 +183,12 @@ def _meet_minutes() -> float:
 
 
 @contextlib.contextmanager
-def one_cause(mesh: Mesh) -> Iterator[None]:
+def one_cause(mesh: Mesh, dog: Watchdog | None = None) -> Iterator[None]:
     """Leave word for the other ranks when this one fails; name the rank that failed first when it was another."""
     try:
         yield
     except BaseException as e:
-        lost = lost_connection(e, mesh.store, mesh.rank) if mesh.world > 1 else None
+        lost = lost_connection(e, mesh.store, mesh.rank, dog.ask if dog else None) if mesh.world > 1 else None
         if lost is not None:
             raise lost from e
         if mesh.world > 1:
@@ -198,15 +210,25 @@ def train(config: Config, run: str | Path, *, fresh: bool = False, began: float 
     with contextlib.ExitStack() as stack:
         stop = StopFlag()
         stack.callback(stop.close)
+        dog = Watchdog()
+        stack.callback(dog.close)
         mesh = join(config)
         stack.callback(mesh.close)
-        stack.enter_context(one_cause(mesh))
-        parts = assemble(config, mesh)
+        dog.watch(mesh)
+        stack.callback(dog.leave)
+        stack.enter_context(one_cause(mesh, dog))
+        parts = assemble(config, mesh, dog.pulse)
         stack.callback(parts.close)
         startup.done("model and data")
         run_dir = RunDir.open(run, config, fresh=fresh, mesh=mesh, data=parts.corpus.manifest_hash)
         stack.callback(run_dir.close)
-        _run(parts, Recorder(parts, run_dir, startup), stop)
+        stack.callback(crash_stacks(run_dir.logs, mesh.rank))
+        recorder = Recorder(parts, run_dir, startup)
+        dog.log_to(run_dir.logs, recorder.abandon)
+        if mesh.first and mesh.world > 1:
+            recorder.stragglers = Stragglers(mesh.grid)
+            dog.compare = recorder.stragglers.compare
+        _run(parts, recorder, stop)
     return 0
 
 
@@ -230,8 +252,10 @@ def _run(parts: Parts, recorder: Recorder, stop: StopFlag) -> None:
             held_out_batches=parts.held_out,
             token_bytes=parts.tokenizer.token_bytes(),
             stop=stop,
+            clock=parts.clock,
         )
         state = trainer.run(parts.steps(progress, total)) if progress.step < total else "done"
+        parts.clock.pulse.mark("ending")
         recorder.finish(state, trainer.progress, stop.signal_name or "")
     except BaseException as e:
         recorder.fail(str(e) if isinstance(e, BigtrainError) else f"{type(e).__name__}: {e}")

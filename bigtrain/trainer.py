@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from bigtrain.budget import BatchSchedule, Progress
 from bigtrain.config import Config
@@ -21,6 +22,8 @@ from bigtrain.heldout import HeldOut, held_out
 from bigtrain.mesh import Mesh
 from bigtrain.model.batch import Batch
 from bigtrain.signals import StopFlag
+from bigtrain.stragglers import OwnTime
+from bigtrain.watchdog import Pulse
 
 
 class Observer(Protocol):
@@ -58,6 +61,8 @@ class Trainer:
     held_out_batches: Sequence[Batch]
     token_bytes: npt.NDArray[np.int64]
     stop: StopFlag
+    clock: OwnTime = field(default_factory=lambda: OwnTime(Pulse(), torch.device("cpu")))
+    """Told of every bit of progress, so that the watchdog knows where the run stands."""
     _skipped: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_step: int = -1
@@ -72,7 +77,11 @@ class Trainer:
             self._evaluate()  # what the untrained model makes of it: where the curve starts
         while self.progress.step < self.total_steps:
             started = time.perf_counter()
+            self.clock.pulse.mark("waiting for data", self.progress.step + 1)
+            self.clock.begin(self.progress.step + 1)
             microbatches = next(steps)
+            self.clock.has_data()
+            self.clock.pulse.mark("training")
             mine = sum(b.counted() for b in microbatches) if self.mesh.leads else 0
             counted, stop, overdue, unsaved = self.mesh.sum(
                 [mine, bool(self.stop), self._overdue(), self.observer.save_failed()]
@@ -87,6 +96,8 @@ class Trainer:
                 self._save()
                 started = time.perf_counter()
             self._step(microbatches, int(counted), started)
+            self.clock.end()
+            self.clock.pulse.stepped = True
             # Evaluated before saved: a kill between the two makes the step, and so the evaluation, again.
             last = self.progress.step == self.total_steps
             if last or self._due(self.config.train.eval_every):
@@ -127,11 +138,13 @@ class Trainer:
         return self.mesh.first and minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _save(self) -> None:
+        self.clock.pulse.mark("saving")
         if self._saved_step != self.progress.step:
             self.observer.on_save(self.progress)
         self._saved_step, self._saved_at = self.progress.step, time.monotonic()
 
     def _evaluate(self) -> None:
+        self.clock.pulse.mark("evaluating")
         if self.held_out_batches:
             result = held_out(self.engine.evaluate, self.held_out_batches, self.token_bytes, self.mesh)
             self.observer.on_eval(self.progress, result)
