@@ -27,7 +27,7 @@ from bigtrain.config import Config
 from bigtrain.engine.protocol import StepResult
 from bigtrain.errors import RunError
 
-_LOSS_FLOOR, _NORM_FLOOR = 0.002, 0.05
+_LOSS_FLOOR, _NORM_FLOOR = 0.005, 0.1
 """Least standard deviation of losses (as a share of their median) and of logarithms of norms: a curve so smooth that it
 has almost none is not to raise an alarm at every ripple."""
 

@@ -52,7 +52,7 @@ class StepRecord:
     memory_bytes: int
     """Rank 0: peak allocated on its GPU, or resident in host memory."""
     skipped: bool
-    """Loss or gradient was not finite; nothing was updated."""
+    """Loss or gradient was not finite, or refused as a spike; nothing was updated."""
     loss_scale: float
     time: float
     """Seconds since 1970."""

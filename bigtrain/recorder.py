@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from bigtrain.budget import Progress
 from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.saver import Saver
-from bigtrain.checkpoint.store import prune, resume
+from bigtrain.checkpoint.store import Resumed, discard_later, prune, resume
 from bigtrain.console import Console, Startup, summary
 from bigtrain.engine import StepResult, engine_name
 from bigtrain.errors import UserError
 from bigtrain.grid import layout_notes
+from bigtrain.guard import Finding, Guard, missing
 from bigtrain.heldout import HeldOut
 from bigtrain.interop.initial import start_from
 from bigtrain.metrics import EventRecord, Meter, peak_flops, read_records, recent_losses
@@ -40,8 +41,11 @@ class Recorder:
     def __init__(self, parts: Parts, run: RunDir, startup: Startup) -> None:
         self.parts = parts
         self.run = run
-        self.startup = startup
+        self.startup: Startup | None = startup
         self.progress = Progress()
+        self.guard = Guard(parts.config)
+        self.resumed = False
+        """Whether the run stands at a checkpoint."""
         self.console: Console | None = None
         self.stragglers: Stragglers | None = None
         self._sinks = Sinks([], warn=_log.warning)
@@ -57,17 +61,9 @@ class Recorder:
     def resume(self) -> Progress:
         """Fill the engine from the newest sound checkpoint; where the run stands (the start without one)."""
         parts = self.parts
-        found = resume(
-            self.run.checkpoints,
-            lambda: parts.engine.pieces(owned=False),
-            parts.mesh,
-            verify=parts.config.checkpoint.verify,
-            on_damage=parts.config.checkpoint.on_damage,
-        )
+        found = self._load()
         if found is not None:
-            self._same_samples(found.state, found.path)
-            parts.engine.loaded(found.state["engine"])
-            self.progress = Progress(**found.state["progress"])
+            self.guard.load(found.state.get("guard", {}))
             self.run.notes.extend(found.warnings)
             self.run.notes.append(f"resumed from {found.path.name}")
         elif parts.config.train.init_from is not None:
@@ -77,8 +73,52 @@ class Recorder:
         # Without a checkpoint nothing that was recorded stays, not even an evaluation at step 0.
         first = self.progress.step if found is not None else -1
         together(parts.mesh, lambda: self.run.begin(first))
-        self.startup.done("resume")
+        if self.startup is not None:
+            self.startup.done("resume")
         return self.progress
+
+    def _load(self, latest: int | None = None) -> Resumed | None:
+        """Fill the engine from the newest sound checkpoint, of step `latest` at most. Collective."""
+        parts = self.parts
+        found = resume(
+            self.run.checkpoints,
+            lambda: parts.engine.pieces(owned=False),
+            parts.mesh,
+            verify=parts.config.checkpoint.verify,
+            on_damage=parts.config.checkpoint.on_damage,
+            latest=latest,
+        )
+        if found is not None:
+            self._same_samples(found.state, found.path)
+            parts.engine.loaded(found.state["engine"])
+            self.progress = Progress(**found.state["progress"])
+            self.resumed = True
+        return found
+
+    def roll_back(self, found: Finding) -> bool:
+        """See `trainer.Observer`. Collective.
+
+        The checkpoint gone back to is saved again, for it now says what is left out, before anything is told: a run
+        that is killed from here on and resumed, in whatever layout, leaves out the same. Before, it finds the spike
+        again.
+        """
+        mesh, where = self.parts.mesh, self.run.checkpoints
+        self._say(found.sentence())
+        self.settle()
+        latest = self.guard.latest(found)
+        loaded = self._load(latest)
+        if loaded is None:
+            self._say(f"step {found.step}: no checkpoint of step {latest} or before is there to go back to")
+            return False
+        self.guard.roll_back(found, loaded.state.get("guard", {}))
+        together(mesh, lambda: discard_later(where, latest) if mesh.first else None)
+        self.on_save(self.progress)
+        self.settle()
+        self._close()
+        together(mesh, lambda: self.run.begin(self.progress.step))
+        self.startup = None
+        self.run.notes[:] = [*loaded.warnings, f"went back to {loaded.path.name}"]
+        return True
 
     def _same_samples(self, state: Mapping[str, Any], path: Path) -> None:
         """UserError when the checkpoint's run read other samples: its folder may be older than this run directory."""
@@ -160,9 +200,25 @@ class Recorder:
             device=parts.mesh.device,
             recent=recent_losses(read_records(self.run.metrics)),
         )
+        untold = missing(self.guard.rolled, read_records(self.run.metrics))
         self._sinks = open_sinks(
             config.log, self.run.path, config.name, step=progress.step, warn=self.console.say
         )
+        for found in untold:
+            self._record(progress, found)
+
+    def on_finding(self, progress: Progress, found: Finding) -> None:
+        """See `trainer.Observer`."""
+        self._say(found.sentence())
+        self._record(progress, found)
+
+    def _record(self, progress: Progress, found: Finding) -> None:
+        name = found.action if found.action == "rollback" else found.what
+        self._sinks.write(EventRecord(progress.step, name, found.sentence(), found.record(), time.time()))
+
+    def _say(self, text: str) -> None:
+        if self.console is not None:
+            self.console.say(text)
 
     def on_step(self, progress: Progress, result: StepResult, lr: float, seconds: float) -> None:
         """See `trainer.Observer`."""
@@ -172,10 +228,6 @@ class Recorder:
         record = self._meter.step(progress, result, lr, seconds)
         self._sinks.write(record)
         self.console.step(record)
-        if result.skipped:
-            self.console.say(
-                f"step {progress.step}: the loss or gradient was not finite; the update is skipped"
-            )
         self._say_slow(progress)
         self._say_saved()
 
@@ -202,6 +254,7 @@ class Recorder:
             "engine": parts.engine.extra_state(),
             "model": config.model.model_dump(),
             **self._samples(),
+            "guard": self.guard.state(),
             "layout": {
                 "world": parts.mesh.world,
                 "axes": str(parts.mesh.grid),
@@ -266,6 +319,7 @@ class Recorder:
 
     def _close(self) -> None:
         self._sinks.close()
+        self._sinks = Sinks([], warn=_log.warning)
         if self.console is not None:
             self.console.close()
             self.console = None

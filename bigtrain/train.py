@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from bigtrain.budget import BatchSchedule, Progress, rank_samples
+from bigtrain.budget import BatchSchedule, LeftOut, Progress, rank_samples
 from bigtrain.checkpoint.agree import together
 from bigtrain.config import Config
 from bigtrain.configfile import render
@@ -22,6 +23,7 @@ from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.engine import Engine, make_engine
 from bigtrain.errors import BigtrainError, UserError
 from bigtrain.grid import grid_of
+from bigtrain.heartbeat import Pulse
 from bigtrain.lastwords import leave_word, lost_connection
 from bigtrain.mesh import Mesh, rendezvous
 from bigtrain.model.batch import Batch
@@ -36,7 +38,7 @@ from bigtrain.signals import StopFlag
 from bigtrain.sinks import check_sinks
 from bigtrain.stragglers import OwnTime, Stragglers
 from bigtrain.trainer import Trainer
-from bigtrain.watchdog import Pulse, Watchdog, crash_stacks
+from bigtrain.watchdog import Watchdog, crash_stacks
 
 VERIFIED_TOKENS = 2**28
 """Corpora up to this size are verified before training: at most 1 GB, read at 2 GB/s."""
@@ -63,8 +65,8 @@ class Parts:
         samples = self.schedule.samples(max(first, last)) - self.schedule.samples(first)
         return samples * self.config.data.sequence_length
 
-    def steps(self, progress: Progress, total_steps: int) -> Iterator[list[Batch]]:
-        """This rank's microbatches of every step left, read ahead in the background."""
+    def steps(self, progress: Progress, total_steps: int, left_out: LeftOut = ()) -> Iterator[list[Batch]]:
+        """This rank's microbatches of every step left, read ahead in the background; `left_out` is not read."""
         plan = rank_samples(
             self.schedule,
             progress,
@@ -72,6 +74,7 @@ class Parts:
             microbatch=self.config.train.microbatch,
             data_rank=self.mesh.data_rank,
             data_size=self.mesh.data_size,
+            left_out=left_out,
         )
         return self.loader.stream(plan)
 
@@ -233,34 +236,48 @@ def train(config: Config, run: str | Path, *, fresh: bool = False, began: float 
 
 
 def _run(parts: Parts, recorder: Recorder, stop: StopFlag) -> None:
-    """Resume, train, and write how it ended."""
+    """Resume, train, and write how it ended. After a rollback it trains on as a resumed run does."""
     try:
-        progress = recorder.resume()
-        total = parts.schedule.total_steps(parts.config, progress)
-        ahead = parts.tokens_between(progress.step, total)
-        peak = peak_learning_rate(parts.config, progress.tokens + ahead)
-        recorder.begin(progress, total, peak)
-        trainer = Trainer(
-            config=parts.config,
-            mesh=parts.mesh,
-            engine=parts.engine,
-            observer=recorder,
-            schedule=parts.schedule,
-            learning_rate=partial(_rate, parts.config, peak.value, total),
-            total_steps=total,
-            progress=progress,
-            held_out_batches=parts.held_out,
-            token_bytes=parts.tokenizer.token_bytes(),
-            stop=stop,
-            clock=parts.clock,
-        )
-        state = trainer.run(parts.steps(progress, total)) if progress.step < total else "done"
+        recorder.resume()
+        state = _train_on(parts, recorder, stop)
+        while state == "rolled back":
+            state = _train_on(parts, recorder, stop)
         parts.clock.pulse.mark("ending")
-        recorder.finish(state, trainer.progress, stop.signal_name or "")
+        recorder.finish(state, recorder.progress, stop.signal_name or "")
     except BaseException as e:
         recorder.fail(str(e) if isinstance(e, BigtrainError) else f"{type(e).__name__}: {e}")
         raise
     recorder.tell(state)
+
+
+def _train_on(
+    parts: Parts, recorder: Recorder, stop: StopFlag
+) -> Literal["done", "preempted", "rolled back"]:
+    """Train from where the recorder stands."""
+    progress = recorder.progress
+    total = parts.schedule.total_steps(parts.config, progress)
+    ahead = parts.tokens_between(progress.step, total)
+    peak = peak_learning_rate(parts.config, progress.tokens + ahead)
+    recorder.begin(progress, total, peak)
+    if progress.step >= total:
+        return "done"
+    trainer = Trainer(
+        config=parts.config,
+        mesh=parts.mesh,
+        engine=parts.engine,
+        observer=recorder,
+        schedule=parts.schedule,
+        learning_rate=partial(_rate, parts.config, peak.value, total),
+        total_steps=total,
+        progress=progress,
+        held_out_batches=parts.held_out,
+        token_bytes=parts.tokenizer.token_bytes(),
+        stop=stop,
+        guard=recorder.guard,
+        resumed=recorder.resumed,
+        clock=parts.clock,
+    )
+    return trainer.run(parts.steps(progress, total, recorder.guard.left_out))
 
 
 def _rate(config: Config, peak: float, total_steps: int, step: int) -> float:

@@ -18,12 +18,13 @@ from bigtrain.budget import BatchSchedule, Progress
 from bigtrain.config import Config
 from bigtrain.engine.protocol import Engine, StepResult
 from bigtrain.errors import RunError
+from bigtrain.guard import Finding, Guard
+from bigtrain.heartbeat import Pulse
 from bigtrain.heldout import HeldOut, held_out
 from bigtrain.mesh import Mesh
 from bigtrain.model.batch import Batch
 from bigtrain.signals import StopFlag
 from bigtrain.stragglers import OwnTime
-from bigtrain.watchdog import Pulse
 
 
 class Observer(Protocol):
@@ -34,6 +35,15 @@ class Observer(Protocol):
 
     def on_eval(self, progress: Progress, result: HeldOut) -> None:
         """A held-out evaluation is done."""
+
+    def on_finding(self, progress: Progress, found: Finding) -> None:
+        """The guard found the step that led to `progress` wrong: it was made all the same, or left out."""
+
+    def roll_back(self, found: Finding) -> bool:
+        """Load the newest sound checkpoint before what is left out, with a guard that leaves it out.
+
+        False, with nothing changed, where there is no such checkpoint.
+        """
 
     def on_save(self, progress: Progress) -> None:
         """Now is the moment to save; the save may go on in the background."""
@@ -61,20 +71,25 @@ class Trainer:
     held_out_batches: Sequence[Batch]
     token_bytes: npt.NDArray[np.int64]
     stop: StopFlag
+    guard: Guard
+    resumed: bool = False
+    """Whether the run stands at a checkpoint, where it was evaluated before."""
     clock: OwnTime = field(default_factory=lambda: OwnTime(Pulse(), torch.device("cpu")))
     """Told of every bit of progress, so that the watchdog knows where the run stands."""
-    _skipped: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_step: int = -1
 
-    def run(self, steps: Iterator[list[Batch]]) -> Literal["done", "preempted"]:
-        """Train on `steps` (this rank's microbatches of every step left). Returns "done" or "preempted".
+    def run(self, steps: Iterator[list[Batch]]) -> Literal["done", "preempted", "rolled back"]:
+        """Train on `steps` (this rank's microbatches of every step left).
 
-        Raises RunError after `train.max_skipped` steps in a row that were not finite.
+        "rolled back": the observer has loaded a former checkpoint, from which another Trainer is to go on. Raises
+        RunError after `train.max_skipped` steps in a row that were left out.
         """
-        self._saved_step = self.progress.step
-        if self.progress.step == 0 and self.config.train.eval_every:
+        if self.progress.step == 0 and self.config.train.eval_every and not self.resumed:
             self._evaluate()  # what the untrained model makes of it: where the curve starts
+        if self.progress.step == 0 and self.config.guard.on_spike == "rollback" and not self.resumed:
+            self._save()  # the weights to go back to until the first save
+        self._saved_step = self.progress.step
         while self.progress.step < self.total_steps:
             started = time.perf_counter()
             self.clock.pulse.mark("waiting for data", self.progress.step + 1)
@@ -83,9 +98,10 @@ class Trainer:
             self.clock.has_data()
             self.clock.pulse.mark("training")
             mine = sum(b.counted() for b in microbatches) if self.mesh.leads else 0
-            counted, stop, overdue, unsaved = self.mesh.sum(
-                [mine, bool(self.stop), self._overdue(), self.observer.save_failed()]
+            counted, stop, overdue, unsaved, refused = self.mesh.sum(
+                [mine, bool(self.stop), self._overdue(), self.observer.save_failed(), self.guard.refused]
             )
+            self._agreed(int(refused))
             if unsaved:
                 self.observer.settle()
             if stop:
@@ -95,7 +111,8 @@ class Trainer:
             if overdue:
                 self._save()
                 started = time.perf_counter()
-            self._step(microbatches, int(counted), started)
+            if self._step(microbatches, int(counted), started):
+                return "rolled back"
             self.clock.end()
             self.clock.pulse.stepped = True
             # Evaluated before saved: a kill between the two makes the step, and so the evaluation, again.
@@ -107,25 +124,38 @@ class Trainer:
         self.observer.settle()
         return "done"
 
-    def _step(self, microbatches: list[Batch], counted: int, started: float) -> None:
+    def _step(self, microbatches: list[Batch], counted: int, started: float) -> bool:
+        """One step; whether the run was rolled back instead."""
         before = self.progress
         lr = self.learning_rate(before.step)
-        result = self.engine.train_step(microbatches, counted, lr)
+        result = self.engine.train_step(microbatches, counted, lr, self.guard.refuses)
         sequences = self.schedule.size(before.step)
-        self.progress = Progress(
+        after = Progress(
             step=before.step + 1,
             samples=before.samples + sequences,
             tokens=before.tokens + sequences * self.config.data.sequence_length,
         )
-        self.observer.on_step(self.progress, result, lr, time.perf_counter() - started)
-        self._skipped = self._skipped + 1 if result.skipped else 0
-        if self._skipped >= self.config.train.max_skipped:
+        found = self.guard.look(before, after, result)
+        if found is not None and found.action == "rollback":
+            self.clock.pulse.mark("rolling back")
+            if self.observer.roll_back(found):
+                return True
+            found = self.guard.skipping(found, before)
+        self.progress = after
+        self.observer.on_step(after, result, lr, time.perf_counter() - started)
+        if found is not None:
+            self.observer.on_finding(after, found)
+            self.guard.check_row(found)
+        return False
+
+    def _agreed(self, refused: int) -> None:
+        """RunError unless all ranks refused the last step or none did."""
+        if refused not in (0, self.mesh.world):
             raise RunError(
-                f"{self._skipped} steps in a row had a loss or gradient that is not finite; none changed the "
-                f"weights. The last step read samples {before.samples} to {self.progress.samples - 1}",
-                where=f"step {self.progress.step}",
-                do="lower optim.lr or lengthen optim.warmup_steps, then resume from the newest checkpoint "
-                "with the same command",
+                f"{refused} of {self.mesh.world} ranks took step {self.progress.step} for a spike: their loss or "
+                "gradient norm is not the same number, so their weights differ too",
+                where="guard",
+                do="resume with the same command; if it comes again, report it with the layout and the hardware",
             )
 
     def _due(self, every: int) -> bool:

@@ -90,7 +90,7 @@ def test_nothing_is_a_spike_before_half_of_the_window_is_full() -> None:
 
 
 def test_a_curve_without_noise_raises_no_alarm_at_a_ripple() -> None:
-    assert robust_z(2.51, [2.5] * 128, 0.002 * 2.5) < 8 < robust_z(2.6, [2.5] * 128, 0.002 * 2.5)
+    assert robust_z(2.51, [2.5] * 128, 0.005 * 2.5) < 8 < robust_z(2.7, [2.5] * 128, 0.005 * 2.5)
     assert robust_z(0.0, [0.0] * 10, 0.0) == 0.0
 
 
