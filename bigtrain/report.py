@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _names(runs: Sequence[Watched]) -> list[str]:
     """A name for each run: the config's of one; of several the folder's, or as much of the path as tells them apart."""
     if len(runs) == 1:
         return [runs[0].name]
-    parts = [run.path.resolve().parts for run in runs]
+    parts = [Path(os.path.abspath(run.path)).parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):

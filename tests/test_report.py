@@ -193,6 +193,8 @@ def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     assert "optim.lr 0.001 0.002" in page.text
     assert "layout.zero 1 2" in page.text
     assert "steps 60 of 60 40 of 60" in page.text
+    near = f"{(2 + 3 / 39 + 2 + 3 / 40) / 2:.4f}"  # 38 is 5 % before 40
+    assert f"training loss near step 40 {near} {near}" in page.text
     lines = json.loads(page.scripts[0])["charts"][0]["lines"]
     assert [line["label"] for line in lines] == [
         "a/run: training",

@@ -91,9 +91,9 @@ def test_ticks_lie_in_the_frame_and_are_few(low: float, span: float) -> None:
 
 
 def test_blocks_rise_with_the_values() -> None:
-    assert blocks([0, 1, 2, 3, 4, 5, 6, 7], 8) == ["▁▂▃▄▅▆▇█"]
+    assert blocks([0, 1, 2, 3, 4, 5, 6], 7) == ["▁▂▃▄▅▆▇"]
     assert blocks([1, 1], 4) == ["▁▁▁▁"]
-    assert blocks([0, 7], 2, plain=True) == [".@"]
+    assert blocks([0, 7], 2, plain=True) == [".#"]
     assert blocks([], 3, height=2) == ["   ", "   "]
     assert blocks([0, 15], 2, height=2) == [" █", "▁█"]
     assert sensible_frame([11.0, *[3.0] * 50, 2.0]) == (2.0, 3.0), "the first fall is cut off"

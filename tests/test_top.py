@@ -49,7 +49,7 @@ def test_a_screen_tells_everything_that_matters(resumed: Path) -> None:
                 "learning rate   1.000e-03", "tokens/s        32  16 each", "step time       2 s",
                 "MFU             40.0%", "memory, rank 0  3.00 GiB"):  # fmt: skip
         assert row in text, text
-    assert "█" in text
+    assert "▇" in text
     assert "1 steps skipped" in text
     assert "best held out 2.1600 at 50" in text
     assert "preempted after step 30: SIGUSR1" in text

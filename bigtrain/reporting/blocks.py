@@ -29,8 +29,9 @@ def blocks(
 ) -> list[str]:
     """`height` lines of `width` characters, the values from the first on the left to the last on the right.
 
-    The lowest value is one eighth of a line, so that a flat curve is seen. `plain`: ASCII only. `frame`: lowest and
-    highest value to show; beyond is cut off. Values must be finite.
+    The lowest value is one eighth of a line, so that a flat curve is seen; of a single line the upper eighth stays
+    free, so that lines under each other are told apart. `plain`: ASCII only. `frame`: lowest and highest value to
+    show; beyond is cut off. Values must be finite.
     """
     columns = resampled(values, width)
     if not columns:
@@ -39,7 +40,7 @@ def blocks(
     eighths = []
     for value in columns:
         share = (min(max(value, low), high) - low) / (high - low) if high > low else 0.0
-        eighths.append(1 + round(share * (8 * height - 1)))
+        eighths.append(1 + round(share * (8 * height - (1 if height > 1 else 2))))
     signs = _ASCII if plain else _BLOCKS
     return [
         "".join(signs[min(8, max(0, tall - 8 * floor))] for tall in eighths)

@@ -109,30 +109,32 @@ def charts_of(runs: Sequence[Watched], by: By, names: Sequence[str]) -> list[Cha
 
 def _chart(panel: Panel, runs: Sequence[Watched], by: By, names: Sequence[str]) -> Chart | None:
     lines: list[Line] = []
+    x_max = max((float(run.history.steps.curve(by).high.max(initial=0.0)) for run in runs), default=0.0)
     for i, run in enumerate(runs):
         prefix = f"{names[i]}: " if len(runs) > 1 else ""
         word = "training" if panel.key == "loss" else panel.title.lower() if not prefix else ""
-        lines += _line(run.history.steps.curve(panel.key, by), panel, i, (prefix + word).removesuffix(": "))
+        lines += _line(
+            run.history.steps.curve(panel.key, by), panel, i, (prefix + word).removesuffix(": "), x_max
+        )
         if panel.key == "loss":
             curve = run.history.held_out.curve("loss", by)
             if len(curve.x):
                 lines.append(Line(f"{prefix}held out", i, curve, curve.mean.tolist(), held_out=True))
-    if not lines:
-        return None
-    x_max = max((float(run.history.steps.curve(by).high.max(initial=0.0)) for run in runs), default=0.0)
-    if x_max <= 0:
+    if not lines or x_max <= 0:
         return None
     marks = [mark for i, run in enumerate(runs) for mark in _marks(run, by, i)] if panel.key == "loss" else []
     return Chart(panel, by, lines, marks, x_max, *_frame(panel, lines))
 
 
-def _line(curve: Curve, panel: Panel, run: int, label: str) -> list[Line]:
+def _line(curve: Curve, panel: Panel, run: int, label: str, x_max: float) -> list[Line]:
     if not len(curve.x):
         return []
     s = panel.scale
     scaled = Curve(curve.x, curve.mean * s, curve.low * s, curve.high * s, curve.bucket)
     means = scaled.mean.tolist()
-    smooth = smoothed(means, max(2, len(means) // 100)) if panel.smooth else means
+    # A hundredth of the chart to both sides, so that a short run is as smooth as a long one beside it.
+    points = x_max * (len(means) - 1) / max(float(curve.x[-1] - curve.x[0]), 1e-300)
+    smooth = smoothed(means, max(2, round(min(0.01 * points, len(means))))) if panel.smooth else means
     return [Line(label, run, scaled, smooth)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bigtrain.console import duration, short
+from bigtrain.reporting.charts import Chart
 from bigtrain.reporting.watched import Watched
 
 
@@ -34,6 +35,22 @@ def figures(run: Watched) -> dict[str, str]:
         "attempts": f"{len(run.attempts):,}" if run.attempts else "",
     }
     return {name: text for name, text in found.items() if text}
+
+
+def at_the_same_place(loss: Chart, runs: int) -> tuple[str, list[str]]:
+    """The runs' mean training losses in the last twentieth before the shortest of them ends.
+
+    Final losses of unequal runs say little. Returns the row's name and a text for each run.
+    """
+    lines = {line.run: line for line in loss.lines if not line.held_out}
+    common = min(float(line.curve.x[-1]) for line in lines.values())
+    found = ["-"] * runs
+    for i, line in lines.items():
+        near = (line.curve.x > 0.95 * common) & (line.curve.x <= common)
+        if near.any():
+            found[i] = f"{line.curve.mean[near].mean():.4f}"
+    where = f"{common:.3g} hours" if loss.by == "hours" else f"{loss.by} {short(round(common))}"
+    return f"training loss near {where}", found
 
 
 def _if(value: Any, form: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import bigtrain
 from bigtrain.redact import redacted
 from bigtrain.reporting.charts import DARK, LIGHT, By, Chart
-from bigtrain.reporting.compare import differences, figures, layout, shown
+from bigtrain.reporting.compare import at_the_same_place, differences, figures, layout, shown
 from bigtrain.reporting.events import Event, events_of
 from bigtrain.reporting.svg import colour, dash, figure
 from bigtrain.reporting.watched import Watched
@@ -34,7 +34,7 @@ def page(runs: Sequence[Watched], names: Sequence[str], charts: Sequence[Chart],
     drawn = "".join(figure(chart, i) for i, chart in enumerate(charts))
     body = [
         f"<header><h1>{escape(title)}</h1>{_run_list(runs, names)}</header>",
-        _figures(runs, names),
+        _figures(runs, names, charts),
         f'<div class="charts">{drawn}</div>' if charts else '<p class="warn">No step is recorded yet.</p>',
         _how_drawn(runs) if charts else "",
         _differences(runs, names) if len(runs) > 1 else "",
@@ -128,7 +128,7 @@ def _trouble(run: Watched) -> str:
     return "".join(f'<br><span class="warn">{escape(text)}</span>' for text in said)
 
 
-def _figures(runs: Sequence[Watched], names: Sequence[str]) -> str:
+def _figures(runs: Sequence[Watched], names: Sequence[str], charts: Sequence[Chart]) -> str:
     """Cards for one run, a table for several."""
     all_figures = [figures(run) for run in runs]
     if len(runs) == 1:
@@ -138,7 +138,11 @@ def _figures(runs: Sequence[Watched], names: Sequence[str]) -> str:
         return f'<dl class="cards">{cards}</dl>'
     keys = list(dict.fromkeys(key for found in all_figures for key in found))
     rows = [[key, *(found.get(key, "-") for found in all_figures)] for key in keys]
-    return f"<section><h2>Final figures</h2>{_table(['', *names], rows, numbers=True)}</section>"
+    for chart in charts:
+        if chart.panel.key == "loss" and any(not line.held_out for line in chart.lines):
+            name, values = at_the_same_place(chart, len(runs))
+            rows.insert(keys.index("tokens") + 1 if "tokens" in keys else 1, [name, *values])
+    return f"<section><h2>Figures</h2>{_table(['', *names], rows, numbers=True)}</section>"
 
 
 def _how_drawn(runs: Sequence[Watched]) -> str:

@@ -100,7 +100,7 @@ class Watched:
     @property
     def name(self) -> str:
         """The config's name, or the folder's."""
-        return str(self.settings.get("name") or self.path.resolve().name)
+        return str(self.settings.get("name") or self.path.absolute().name)
 
     @property
     def where_checkpoints(self) -> str:

@@ -27,7 +27,7 @@ def test_a_run_that_is_done(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
         "steps 20  25  30",
         "done after step 30",
         "held out",
-        "█",
+        "▇",
     ):
         assert text in shown.out, shown.out
     written = tiny("report", str(whole), "--out", str(tmp_path / "out"))
