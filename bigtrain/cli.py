@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
         *(_add_prepare, _add_plan, _add_train, _add_launch, _add_generate, _add_evaluate, _add_inspect),
-        *(_add_top, _add_report, _add_export, _add_import, _add_quickstart),
+        *(_add_doctor, _add_top, _add_report, _add_export, _add_import, _add_quickstart),
     ):
         add(verbs)
     return parser
@@ -294,6 +294,31 @@ Leaves with 0 when all is sound and, of two, equal (the layout they were written
     p.set_defaults(run_verb=_inspect)
 
 
+def _add_doctor(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "doctor",
+        help="check this machine, or the whole cluster, before a run",
+        formatter_class=_Raw,
+        description="Check versions, GPUs, limits, environment, disks and free space; started by a launcher, on every\n"
+        "machine, with the network's speed along each axis of the layout. Leaves with 1 when something is bad.",
+        epilog="""\
+examples:
+  bigtrain doctor
+  bigtrain doctor llama-1b --run-dir /scratch/runs/mine
+  srun bigtrain doctor llama-8b --set layout.tensor=8
+  torchrun --nproc-per-node 8 -m bigtrain doctor llama-8b""",
+    )
+    p.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="check for this run: its layout, data, checkpoints"
+    )
+    p.add_argument("--run-dir", metavar="RUN", help="where it will write (default runs/NAME)")
+    p.add_argument(
+        "--wait", type=float, default=5.0, metavar="MINUTES", help="for the other ranks (default 5)"
+    )
+    _set_argument(p, "as for train")
+    p.set_defaults(run_verb=_doctor)
+
+
 def _add_top(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "top",
@@ -485,6 +510,12 @@ def _inspect(args: argparse.Namespace) -> int:
         text, sound = explain(args.path, verify=args.verify, overrides=args.overrides)
     print(text)
     return 0 if sound else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from bigtrain.doctor import doctor_command
+
+    return doctor_command(args)
 
 
 def _top(args: argparse.Namespace) -> int:

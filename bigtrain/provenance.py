@@ -36,7 +36,7 @@ def provenance(mesh: Mesh) -> dict[str, Any]:
         "versions": {
             "bigtrain": bigtrain.__version__,
             "python": platform.python_version(),
-            **{name: version for name in _PACKAGES if (version := _version(name))},
+            **{name: version for name in _PACKAGES if (version := version_of(name))},
         },
         "hardware": hardware(mesh),
     }
@@ -63,7 +63,7 @@ def _git(checkout: Path, arguments: Sequence[str]) -> str | None:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     """What the loaded package says of itself, else what pip installed: only torch itself tells its build (+cu130)."""
     if loaded := getattr(sys.modules.get(package), "__version__", None):
         return str(loaded)

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from bigtrain.grid import Grid
+from bigtrain.heartbeat import Pulse
 from bigtrain.rollcall import ranks_named
-from bigtrain.watchdog import Pulse
 
 EVERY = 10
 """Steps between two that are timed, the same ones on all ranks: some 2 microseconds a layer and microbatch."""
