@@ -19,6 +19,7 @@ from bigtrain.checkpoint.location import folder_of, remote
 from bigtrain.config import Config
 from bigtrain.place import Place
 from bigtrain.plan.flops import parameters
+from bigtrain.plan.quantities import gibibytes
 from bigtrain.provenance import version_of
 
 PROBE_MIB = 64
@@ -340,7 +341,7 @@ def space(name: str, folder: Path, config: Config | None) -> Iterator[Finding]:
     # One more than are kept: the oldest goes when the newest is whole.
     size = checkpoint_bytes(config)
     needed = size * (config.checkpoint.keep_last + 1)
-    text = f"{free / 2**30:,.1f} GiB; {config.checkpoint.keep_last} + 1 checkpoints take {needed / 2**30:,.1f} GiB"
+    text = f"{gibibytes(free)}; {config.checkpoint.keep_last} + 1 checkpoints take {gibibytes(needed)}"
     if free < needed:
         yield Finding("bad", "free space", text, "make room, or lower checkpoint.keep_last")
     else:
