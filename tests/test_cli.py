@@ -18,7 +18,7 @@ from bigtrain.configfile import find_config, load
 from bigtrain.data.manifest import read_manifest
 from tests.data_parts import random_documents, write_corpus
 
-VERBS = ["prepare", "train", "generate", "evaluate", "inspect", "export", "import", "quickstart"]
+VERBS = ["prepare", "plan", "train", "generate", "evaluate", "inspect", "export", "import", "quickstart"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

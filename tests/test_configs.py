@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bigtrain.config import Config
 from bigtrain.configfile import load, render, shipped
@@ -59,6 +61,24 @@ def test_parameter_count(path: Path) -> None:
     assert parameters(config.model) == built
     assert built == PARAMETERS[path.stem]
     assert f"{built:,}" in path.read_text(), f"{path.name} should state its {built:,} parameters"
+
+
+def test_flops_equal_torchs_counter(path: Path) -> None:
+    """Forward and backward of the model itself, on the meta device: the same integer, for every shipped config."""
+    config = load(path)
+    if config.model.kind == "lstm":
+        pytest.skip("torch counts no products in its LSTM; tests/test_flops.py does by hand")
+    model = build_model(config.model, device="meta", kernels="reference")
+    B, S = 2, 64
+    tokens = torch.zeros(B, S, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        objective = model(tokens, targets=tokens).objective
+    flops = flops_per_token(config.model, S)
+    assert counter.get_total_flops() == flops.forward * B * S
+    with counter:
+        objective.backward()
+    assert counter.get_total_flops() == 2 * flops.forward * B * S
+    assert flops.training == 3 * flops.forward
 
 
 def test_resolved_config_reads_back(path: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bigtrain.config import Config
 from bigtrain.configfile import find_config, load
-from bigtrain.errors import UserError
+from bigtrain.errors import RunError, UserError
 from bigtrain.metrics import read_records
 from bigtrain.plan.calibration import NEUTRAL, WARM_UP, Calibration, compare, read, save
 from bigtrain.plan.estimate import Estimate, Range, estimate
@@ -93,17 +93,36 @@ def _answer(
         from bigtrain.plan.pictures import draw_all
 
         pictures = draw_all(e, Path(args.pictures))
+    dry, wrong = _dry_run(e) if args.dry_run else (None, [])
     if args.json:
-        print(json.dumps(to_json(e, found, remedy, proposal), indent=1))
+        told = to_json(e, found, remedy, proposal) | ({"dry_run": dry[1]} if dry else {})
+        print(json.dumps(told, indent=1))
     else:
         print(tell(e))
+        if dry is not None:
+            print("\n" + dry[0])
         if found is not None:
             print("\n" + tell_search(found))
         if remedy is not None:
             print("\n" + f"{'would fit':17s}{remedy}")
         for picture in pictures:
             print(f"drawn in {picture}")
+    if wrong:
+        raise RunError(
+            "the plan's memory differs from the executed code's by more than 5 %\n  " + "\n  ".join(wrong),
+            do="trust the dry run, and please report this config",
+        )
     return 0 if e.fits else 1
+
+
+def _dry_run(e: Estimate) -> tuple[tuple[str, dict[str, Any]], list[str]]:
+    """Execute the estimate's job dry: as text and for JSON, and where the plan is wrong."""
+    from bigtrain.plan.checked import checks, checks_json, disagreements, tell_checks
+    from bigtrain.plan.dryrun import dry_run
+
+    dry = dry_run(with_layout(e.config, e.job), e.cluster.gpus)
+    found = checks(e, dry)
+    return (tell_checks(found, dry), checks_json(found, dry)), disagreements(found)
 
 
 def _remedy(e: Estimate, found: Found | None) -> str:
