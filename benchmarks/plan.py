@@ -31,12 +31,56 @@ from bigtrain.plan.constants import CONSTANTS, Constants
 from bigtrain.plan.memory import memory_of
 from bigtrain.plan.steptime import time_of
 
-FITTED = [f.name for f in dataclasses.fields(Constants) if f.name not in ("spread", "bandwidth")]
-SHARES = ("matmul", "attention", "unfused", "link", "network", "overlap")
-"""At most 0.95."""
-DECADE = 0.5
-"""Standard deviation of a constant's logarithm around its starting value: what the data does not say stays there."""
-WEIGHTS = {"vTrain-single": 0.25}
+FITTED = [f.name for f in dataclasses.fields(Constants) if f.name != "spread"]
+START = Constants(
+    matmul=0.85,
+    hot=0.75,
+    fp8=0.8,
+    half=2e10,
+    narrow=128,
+    odd=0.4,
+    attention=0.5,
+    attention_hot=0.3,
+    attention_new=0.55,
+    attention_old=0.7,
+    unfused=12,
+    passes=30,
+    loss=30,
+    compiled=0.5,
+    bandwidth=0.85,
+    launch=3e-3,
+    link=0.75,
+    network=0.75,
+    crowding=0.25,
+    latency=2e-5,
+    hop=4e-6,
+    hidden=0.6,
+    update=1.3,
+    fixed=0.01,
+    straggle=0.005,
+)
+"""Round numbers from which every fit starts and to which it is drawn, never what a fit found."""
+MOST = {"matmul": 0.95, "link": 0.9, "network": 0.9, "latency": 5e-5, "straggle": 0.05} | dict.fromkeys(
+    (
+        "hot",
+        "fp8",
+        "odd",
+        "attention",
+        "attention_hot",
+        "attention_new",
+        "attention_old",
+        "compiled",
+        "bandwidth",
+    ),
+    1.0,
+)
+"""Bounds: shares are at most 1, those of links what NVIDIA's nccl-tests reach, as is the latency inside a node."""
+LEAST = {"update": 1.0}
+DRAWN = 0.02
+"""Weight of a constant's squared logarithm over its start: what the data does not say stays there."""
+TAIL = 0.12
+"""Logarithm of an error beyond which it counts linearly."""
+WEIGHTS = {"vTrain-single": 0.33}
 """Many rows of few kinds: with full weight they would decide alone."""
 FILES = ("published_runs.csv", "vtrain_single_node.csv", "megatron_ci_memory.csv")
 
@@ -51,45 +95,46 @@ def _fits(row: Row, job: Any) -> bool:
     return max(stage.total for stage in memory_of(job)) <= row.cluster.gpu.memory_gib * 2**30
 
 
-def fit(rows: Sequence[Row], start: Constants = CONSTANTS) -> Constants:
+def fit(rows: Sequence[Row]) -> Constants:
     """Least squares of log(measured / planned), long tails cut, by damped Gauss-Newton steps on the logarithms."""
     rows = [r for r in rows if r.seconds and r.specified]
     weights = np.array([WEIGHTS.get(r.source, 1.0) for r in rows])
-    first = np.log([getattr(start, name) for name in FITTED])
-    top = np.array([math.log(0.95) if name in SHARES else np.inf for name in FITTED])
+    first = np.log([getattr(START, name) for name in FITTED])
+    low, top = (
+        np.log([some.get(name, else_) for name in FITTED]) for some, else_ in ((LEAST, 1e-12), (MOST, 1e15))
+    )
 
     def errors(x: np.ndarray) -> np.ndarray:
         k = _constants(x)
-        return np.array([math.log(planned(r, k) / r.seconds) for r in rows])  # type: ignore[operator]
+        return np.array([math.log(time_of(r.jobs[0], r.cluster, k).total / r.seconds) for r in rows])  # type: ignore[operator]
 
     def cost(e: np.ndarray, x: np.ndarray) -> float:
-        return float((weights * _huber(e)).sum() + (((x - first) / DECADE) ** 2).sum() * 0.01)
+        return float((weights * _huber(e)).sum() + DRAWN * ((x - first) ** 2).sum())
 
     x, damping = first, 1e-2
     e = errors(x)
     for _ in range(12):
-        slopes = np.stack([(errors(_moved(x, i, 0.02, top)) - e) / 0.02 for i in range(len(x))], 1)
-        robust = weights / np.maximum(1.0, np.abs(e) / 0.15)
-        prior = np.eye(len(x)) * 0.01 / DECADE**2
-        normal = slopes.T @ (robust[:, None] * slopes) + prior
-        right = -(slopes.T @ (robust * e)) - prior @ (x - first)
+        slopes = np.stack([(errors(_moved(x, i, 0.02)) - e) / 0.02 for i in range(len(x))], 1)
+        robust = weights / np.maximum(1.0, np.abs(e) / TAIL)
+        normal = slopes.T @ (robust[:, None] * slopes) + DRAWN * np.eye(len(x))
+        right = -(slopes.T @ (robust * e)) - DRAWN * (x - first)
         while damping < 1e4:
             step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), right)
-            new = np.minimum(x + np.clip(step, -0.5, 0.5), top)
+            new = np.clip(x + np.clip(step, -0.6, 0.6), low, top)
             new_e = errors(new)
             if cost(new_e, new) < cost(e, x):
                 break
-            damping *= 4
+            damping *= 5
         else:
             break
         done = cost(e, x) - cost(new_e, new) < 1e-3 * cost(e, x)
-        x, e, damping = new, new_e, damping / 3
+        x, e, damping = new, new_e, damping / 5
         if done:
             break
     return _constants(x)
 
 
-def _moved(x: np.ndarray, i: int, by: float, top: np.ndarray) -> np.ndarray:
+def _moved(x: np.ndarray, i: int, by: float) -> np.ndarray:
     moved = x.copy()
     moved[i] += by  # a share may pass 1 for the slope alone
     return moved
@@ -97,7 +142,7 @@ def _moved(x: np.ndarray, i: int, by: float, top: np.ndarray) -> np.ndarray:
 
 def _huber(e: np.ndarray) -> np.ndarray:
     a = np.abs(e)
-    return np.where(a < 0.15, e * e, 0.15 * (2 * a - 0.15))
+    return np.where(a < TAIL, e * e, TAIL * (2 * a - TAIL))
 
 
 def _constants(x: np.ndarray) -> Constants:
@@ -228,6 +273,7 @@ def main() -> None:
             "date": date.today().isoformat(),
             "python": platform.python_version(),
             "constants_fitted": len(FITTED),
+            "spread": CONSTANTS.spread,
         }
         options.out.write_text(json.dumps(about | found, indent=1) + "\n")
 

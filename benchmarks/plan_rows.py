@@ -21,6 +21,8 @@ NETWORKS = {
 }
 OLD: dict[str, Any] = {"overlap": False, "gradient_bytes": 2}
 """Megatron-LM before 2023: one all-reduce of fp16 gradients after the last backward pass."""
+OVERLAPPED = ("NeMo", "AsyncTP", "tp-comm-overlap")
+"""Tensor communication behind products: of NeMo's configs, and where a row's notes say so."""
 MICROBATCHES = (1, 2, 4, 8, 16)
 CHUNKS = (1, 2, 3, 4, 5, 6, 8)
 
@@ -76,13 +78,13 @@ def _vtrain(row: Mapping[str, str]) -> Row:
     """vTrain's single node of A100-80GB: Megatron-DeepSpeed, GPT, fp16, 1F1B."""
     n = {key: int(row[key]) for key in row if key not in ("id", "iter_time_ms")}
     job = Job(
-        model=_gpt(n["layers"], n["hidden"], n["heads"], 51200, n["seq"]),
+        model=_gpt(n["layers"], n["hidden"], n["heads"], _padded(50257, n["tp"]), n["seq"]),
         sequence_length=n["seq"],
         global_batch=n["global_batch"],
         microbatch=n["micro_batch"],
         tensor=n["tp"],
         pipeline=n["pp"],
-        split=(n["layers"] // n["pp"],) * n["pp"] if n["pp"] > 1 else None,
+        split=_even(n["layers"], n["pp"], 1),
         data=n["dp"],
         sequence=False,
         zero=0,
@@ -104,17 +106,23 @@ def _vtrain(row: Mapping[str, str]) -> Row:
     )
 
 
+def _padded(vocab: int, tensor: int) -> int:
+    """vTrain's step times say so: one rank's head of 50257 rows takes more than twice its share."""
+    return vocab if tensor == 1 else -(-vocab // (128 * tensor)) * 128 * tensor
+
+
 def _published(row: Mapping[str, str]) -> Row | None:
     if not row["iter_time_s"]:
         return None
     gated, rope = row["gated"] == "1", row["pos_emb"] == "rope"
+    vtrain = row["source"] == "vTrain-multi"
     model = _model(
         layers=int(row["layers"]),
         width=int(row["hidden"]),
         heads=int(row["heads"]),
         kv_heads=int(row["kv_heads"]),
         ffn_width=int(row["ffn"]),
-        vocab_size=int(row["vocab"]),
+        vocab_size=_padded(int(row["vocab"]), int(row["tp"])) if vtrain else int(row["vocab"]),
         max_length=max(2048, int(row["seq"])),
         activation="swiglu" if gated else "gelu",
         norm="rmsnorm" if gated else "layernorm",
@@ -140,6 +148,7 @@ def _published(row: Mapping[str, str]) -> Row | None:
         attention="flash" if row["attn"] == "flash" else "unfused",
         compiled=row["compile"] == "1",
         software=row["framework"],
+        tensor_overlap=any(word in row["framework"] + row["notes"] for word in OVERLAPPED),
         **(OLD if row["source"] in ("vTrain-multi", "SC21-T1", "SC21-T2", "RAR-T5", "RAR-txt") else {}),
     )
     jobs = tuple(_possible(base, row["micro_batch"], row["vpp"]))
@@ -161,18 +170,28 @@ def _published(row: Mapping[str, str]) -> Row | None:
 def _possible(base: Job, microbatch: str, chunks: str) -> Iterator[Job]:
     """The job, or all that it may be where microbatch or chunks are not told."""
     each = base.global_batch // base.data
-    sizes = [int(float(microbatch))] if microbatch else [b for b in MICROBATCHES if each % b == 0]
-    counts = [int(chunks)] if chunks else [v for v in CHUNKS if base.model.layers % (base.pipeline * v) == 0]
+    sizes = [int(float(microbatch))] if microbatch else [b for b in MICROBATCHES if each % b == 0] or [1]
+    likely = [v for v in CHUNKS if _even(base.model.layers, base.pipeline, v)]
+    counts = [int(chunks)] if chunks else likely or [1]
     for size in sizes:
         for count in counts if base.pipeline > 1 else [1]:
             batch = max(1, each // size) * size * base.data  # some sources round
             schedule = "interleaved" if count > 1 else "1f1b"
-            even = (base.model.layers // (base.pipeline * count),) * (base.pipeline * count)
             # nanotron balances its stages by cost, head included, as bigtrain does; the others have equal ones.
-            equal = base.pipeline > 1 and base.software != "nanotron" and sum(even) == base.model.layers
-            split = even if equal else None
+            split = None if base.software == "nanotron" else _even(base.model.layers, base.pipeline, count)
             layout = {"microbatch": size, "chunks": count, "schedule": schedule, "split": split}
             yield replace(base, global_batch=batch, **layout)  # type: ignore[arg-type]
+
+
+def _even(layers: int, pipeline: int, chunks: int) -> tuple[int, ...] | None:
+    """Megatron's split: equal pieces, or with embedding and head counted as layers; None where neither works."""
+    count = pipeline * chunks
+    if pipeline > 1 and layers % count == 0:
+        return (layers // count,) * count
+    if pipeline > 1 and (layers + 2) % count == 0:
+        each = (layers + 2) // count
+        return (each - 1, *((each,) * (count - 2)), each - 1)
+    return None
 
 
 _CI_GPU = {"a100": "a100-80gb", "h100": "h100-80gb", "gb200": "gb200"}
@@ -218,7 +237,7 @@ def _megatron_ci(row: Mapping[str, str]) -> Row | None:
         pipeline=p,
         schedule="interleaved" if v > 1 else "1f1b",
         chunks=v,
-        split=(layers // (p * v),) * (p * v) if p > 1 and layers % (p * v) == 0 else None,
+        split=_even(layers, p, v),
         context=c,
         data=data,
         zero=1 if row["use_distributed_optimizer"] == "True" else 0,

@@ -69,5 +69,47 @@ def test_the_errors_that_were_measured_are_on_record() -> None:
     found = json.loads((Path(__file__).parents[1] / "benchmarks/results/plan.json").read_text())
     assert found["step_time"]["all"]["rows"] > 1000
     assert found["step_time"]["all"]["mape"] <= 8
+    assert found["step_time"]["all"]["median"] <= 4
     assert found["inside_90_interval"]["specified"]["share"] == pytest.approx(0.9, abs=0.05)
-    assert CONSTANTS.spread == 0.1
+    assert CONSTANTS.spread == found["spread"], "the interval is the one whose rate was measured"
+
+
+def test_a_head_of_odd_rows_is_slow() -> None:
+    """50257 is no multiple of 8: its products cannot use the matrix units well; 50304 can."""
+    odd, even = (
+        timed(replace(JOB, model=MODEL.model_copy(update={"vocab_size": v}))).compute for v in (50257, 50304)
+    )
+    assert odd > 1.01 * even
+
+
+def test_an_lstm_has_a_time() -> None:
+    lstm = ModelConfig(kind="lstm", vocab_size=1000, layers=2, width=256, max_length=128)
+    job = Job(lstm, sequence_length=128, global_batch=16, microbatch=16, sequence=False, zero=0)
+    assert 0 < time_of(job, cluster_of("a100", 1)).total < 1
+
+
+def test_collisions_slow_many_nodes_only_where_cards_have_no_paths_of_their_own() -> None:
+    few, many = replace(JOB, data=16, global_batch=2048), replace(JOB, data=1024, global_batch=2048)
+    few, many = (
+        replace(j, microbatch=2048 // j.data) for j in (few, many)
+    )  # one microbatch of equal traffic each
+
+    def traffic(job: Job, *, rails: bool) -> float:
+        cluster = cluster_of("h100", job.ranks)
+        network = replace(cluster.network, rails=rails)
+        return time_of(replace(job, overlap=False), replace(cluster, network=network)).data
+
+    assert traffic(few, rails=True) == pytest.approx(traffic(few, rails=False), rel=1e-6), "two nodes"
+    assert traffic(many, rails=False) > 1.5 * traffic(many, rails=True)
+
+
+def test_messages_behind_products_cost_less() -> None:
+    tensor = replace(JOB, tensor=8, data=8)
+    assert 0 < timed(replace(tensor, tensor_overlap=True)).tensor < timed(tensor).tensor
+
+
+def test_the_card_waits_for_the_cpu_when_there_is_little_to_do() -> None:
+    small = ModelConfig(vocab_size=512, layers=8, width=64, heads=4, max_length=128)
+    job = Job(small, sequence_length=128, global_batch=8, microbatch=1, sequence=False, zero=0)
+    step = time_of(job, cluster_of("h100", 1))
+    assert step.compute == pytest.approx(8 * 8 * CONSTANTS.launch, rel=0.2)

@@ -13,45 +13,57 @@ from dataclasses import dataclass
 class Constants:
     """Shares are of what the data sheet says, between 0 and 1."""
 
-    matmul: float = 0.81
-    """Share of the peak that a large matrix product reaches."""
-    power: float = 0.113
-    """What reaches a share s of an A100's 312 TFLOP/s reaches s (312 / peak)^power of a larger peak: power and memory
-    have not grown as fast."""
-    matmul_half: float = 1.86e10
-    """FLOPs of a product that reaches half of that: smaller ones do not fill the card."""
-    narrow: float = 197
+    matmul: float = 0.8076
+    """Share of the peak that a large matrix product reaches where the clock holds (Ampere)."""
+    hot: float = 0.7716
+    """Share of its clock that a card keeps whose power limit the products reach (Hopper and later)."""
+    fp8: float = 1.0
+    """Share of the doubled speed of 8-bit products that is left after the casts."""
+    half: float = 3.337e10
+    """FLOPs of a matrix product that takes twice as long as it should: small ones do not fill the card."""
+    narrow: float = 57.1
     """Shortest side of a product at which it loses half: slices of tensor ranks are thin."""
-    attention: float = 0.325
-    """Share of the peak of fused attention on the scores that a query sees, on an A100; its rate grows as the root of
-    the peak."""
-    unfused: float = 0.612
-    """Share of the memory bandwidth that attention with all its scores in memory reaches."""
-    bandwidth: float = 0.8
+    odd: float = 0.4774
+    """Speed of a product with a side that is no multiple of 8, against one that is."""
+    attention: float = 0.3598
+    """Share of the peak of fused attention (FlashAttention-2) on Ampere, of the scores that the mask leaves."""
+    attention_hot: float = 0.2058
+    """The same on later cards: the kernel was written for Ampere."""
+    attention_new: float = 0.5796
+    """The same of kernels written for Hopper (cuDNN, FlashAttention-3)."""
+    attention_old: float = 0.879
+    """Speed of the first FlashAttention against the second."""
+    unfused: float = 14.83
+    """Times that attention without a fused kernel reads or writes all its scores, forward and backward."""
+    passes: float = 23.44
+    """Times that the residual of a token is read or written in a layer outside of products, forward and backward."""
+    loss: float = 43.3
+    """Bytes read or written for a logit, forward and backward."""
+    compiled: float = 0.4619
+    """Memory traffic of element-wise work that is left when a compiler fuses it."""
+    bandwidth: float = 0.8949
     """Share of the memory bandwidth of element-wise kernels."""
-    passes: float = 7.2
-    """Times that the residual width of a token is read or written in a layer's forward pass, outside of products."""
-    launches: float = 0.0006
-    """Seconds of the CPU to launch the kernels of a layer's forward pass."""
-    link: float = 0.95
+    launch: float = 0.003077
+    """Seconds of the CPU to launch the kernels of a layer, forward and backward."""
+    link: float = 0.9
     """Share of the bandwidth inside a node that collectives reach."""
-    network: float = 0.95
+    network: float = 0.9
     """Share of the bandwidth between nodes that collectives reach."""
-    link_latency: float = 4.3e-05
+    crowding: float = 0.4432
+    """Exponent by which that share falls with the number of nodes in a collective: paths collide."""
+    latency: float = 5e-05
     """Seconds of a collective inside a node, however small."""
-    hop: float = 0.277
-    """Share of the messages between pipeline stages that is waited for while the pipeline is full."""
-    overlap: float = 0.139
-    """Share of the communication of gradients and weights that is hidden behind compute, where there is enough."""
-    optimizer_passes: float = 1.21
+    hop: float = 3.893e-06
+    """Seconds more for every rank of a collective between nodes."""
+    hidden: float = 0.4767
+    """Share of communication that is hidden where the software overlaps it with compute and there is enough."""
+    update: float = 1.0
     """Memory traffic of an update over its least (28 bytes a parameter with AdamW)."""
     fixed: float = 0.0065
     """Seconds of a step that nothing explains: data, logging, synchronisation."""
-    fixed_nodes: float = 0.0104
-    """The same for every doubling of the nodes."""
-    straggle: float = 0.0049
+    straggle: float = 0.002497
     """Loss for every doubling of the nodes: the slowest of many is waited for."""
-    spread: float = 0.10
+    spread: float = 0.085
     """Standard deviation of log(measured / planned) on rows that were left out of the fit."""
 
 

@@ -48,6 +48,8 @@ class Network:
     """GB/s of a node in one direction."""
     latency_us: float
     """Microseconds of one message."""
+    rails: bool = True
+    """Whether cards of the same place in their nodes have paths of their own, so that collectives do not collide."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,9 @@ def _problems(own: Mapping[str, Any]) -> list[str]:
             where = f"[{kind}.{name}]"
             found += [f"{where} needs {field}" for field in fields if field not in row]
             found += [
-                f"{where} has no place for {key}" for key in row if key not in (*fields, "source", "clock")
+                f"{where} has no place for {key}"
+                for key in row
+                if key not in (*fields, "source", "clock", "rails")
             ]
             for key, value in row.items():
                 numbers = list(value.values()) if isinstance(value, dict) else [value]

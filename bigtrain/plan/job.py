@@ -45,6 +45,8 @@ class Job:
     compiled: bool = False
     overlap: bool = True
     """Gradients travel while the backward pass makes more."""
+    tensor_overlap: bool = False
+    """Messages between tensor ranks travel while products run."""
     gradient_bytes: int = 4
     """Of a gradient on its way; bigtrain adds up in fp32."""
     software: str = "bigtrain"

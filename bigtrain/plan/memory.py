@@ -9,6 +9,7 @@ Rajbhandari et al. 2020 (arXiv 1910.02054) with fp32 accumulation of gradients, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,14 +68,14 @@ class StageMemory:
         return self.total + MEMORY_SPREAD * self.working + 0.5 * self.unseen
 
 
-def memory_of(job: Job) -> list[StageMemory]:
-    """One rank of each pipeline stage, in order."""
+def memory_of(job: Job, only: Collection[int] | None = None) -> list[StageMemory]:
+    """One rank of each pipeline stage, in order; of these stages `only`."""
     if job.model.kind == "lstm":
         return [_lstm(job)]
     stages = layers_of_stages(
         job.model, job.pipeline, job.chunks, job.schedule, job.split, job.sequence_length
     )
-    return [_stage(job, i, chunks) for i, chunks in enumerate(stages)]
+    return [_stage(job, i, chunks) for i, chunks in enumerate(stages) if only is None or i in only]
 
 
 class Shares(NamedTuple):
@@ -119,6 +120,8 @@ def layers_of_stages(
     from bigtrain.parallel.split import balanced
 
     count = pipeline * chunks
+    if count == 1:
+        return (((model.layers, True, True),),)
     head = head_flops(model) / layer_flops(model, sequence)
     sizes = split or tuple(balanced(model.layers, count, head))
     held = [[*range(i, count, pipeline)] for i in range(pipeline)]

@@ -3,7 +3,8 @@
 T is the tokens of a microbatch that one rank computes, t, c, p, D the ranks on the axes. A step is the microbatches of
 the slowest stage, the bubble of the schedule (`bigtrain.parallel.schedule.bubble_formula`), communication as far as
 nothing hides it, and the update. Matrix products are charged by size (small and thin ones do not fill a card), all
-else by memory traffic; what is smaller than its kernels' launches takes as long as these.
+else by memory traffic; what is smaller than its kernels' launches takes as long as these. Collectives are rings:
+(n - 1) / n of the bytes for each gather or reduce-scatter, on the slowest link between two of the ranks.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from typing import NamedTuple
 from bigtrain.config import ModelConfig
 from bigtrain.parallel.schedule import bubble_formula
 from bigtrain.plan.constants import CONSTANTS, Constants
-from bigtrain.plan.flops import flops_per_token, visible_keys
+from bigtrain.plan.flops import flops_per_token, parameters, visible_keys
 from bigtrain.plan.hardware import Cluster
 from bigtrain.plan.job import Job
 from bigtrain.plan.memory import job_bytes, layer_parameters, layers_of_stages
 
 PARTS = ("compute", "tensor", "context", "data", "pipeline", "bubble", "optimizer", "fixed")
-A100 = 312e12
-"""FLOP/s of the card to which shares of the peak refer."""
 HOST_BYTES = 20e9
 """Bytes a second between a card and host memory, with the update there: PCIe 4.0 x16 in practice."""
 
@@ -53,16 +52,17 @@ class StepTime:
     @property
     def total(self) -> float:
         """The whole step."""
-        return sum(getattr(self, part) for part in PARTS)
+        communication = self.tensor + self.context + self.data + self.pipeline
+        return self.compute + communication + self.bubble + self.optimizer + self.fixed
 
     @property
     def low(self) -> float:
-        """Nine steps of ten take longer than this ..."""
+        """Nineteen steps of twenty take longer than this ..."""
         return self.total * math.exp(-1.645 * self.spread)
 
     @property
     def high(self) -> float:
-        """... and nine of ten less than this: together an interval of 90 %."""
+        """... and nineteen of twenty less than this: together an interval of 90 %."""
         return self.total * math.exp(1.645 * self.spread)
 
     @property
@@ -74,150 +74,196 @@ class StepTime:
 def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> StepTime:
     """The step time of a job on a cluster."""
     k = constants or CONSTANTS
-    n, p, v = job.microbatches, job.pipeline, job.chunks
-    layer, head = _layer(job, cluster, k), _head(job, cluster, k)
-    stages = layers_of_stages(job.model, p, v, job.schedule, job.split, job.sequence_length)
-    most = max(sum(c[0] for c in mine) * layer.seconds + any(c[2] for c in mine) * head for mine in stages)
-    layers = max(sum(c[0] for c in mine) for mine in stages)
-    tensor, context = _inside(job, cluster, k)
-    # What a microbatch takes on the average stage: the bubble is the wait for all others.
-    each = (job.model.layers * (layer.seconds + tensor + context) + head) / p
-    bubble = bubble_formula(job.schedule, p, v, n) * n * each if p > 1 else 0.0
-    update, traffic = _update(job, cluster, k, layers)
-    hidden = job.overlap * min(traffic, k.overlap * (2 / 3) * most * (n if job.zero == 3 else 1))
-    slower = 1 + k.straggle * math.log2(max(1, cluster.nodes))
-    flops = flops_per_token(job.model, job.sequence_length).training
+    n, p = job.microbatches, job.pipeline
+    T = job.microbatch * job.sequence_length / job.context
+    work = work_of(job.model, T, job.sequence_length, job.tensor, job.sequence, job.attention)
+    rates = _rates(job, cluster, k)
+    computed, again = _layer(work, job, rates, k)
+    tensor, context = _inside(work, job, cluster, k)
+    each = max(computed + tensor + context, _launches(work, job, k))  # the card may wait for the CPU
+    head = (
+        _product(work.head, rates.wide * (k.odd if work.odd else 1.0), k)
+        + work.logits * k.loss / rates.bandwidth
+    )
+    stages = layers_of_stages(job.model, p, job.chunks, job.schedule, job.split, job.sequence_length)
+    times = [sum(c[0] for c in mine) * each + (head if any(c[2] for c in mine) else 0.0) for mine in stages]
+    most = max(times)
+    layers = sum(c[0] for c in stages[times.index(most)])
+    bubble = 0.0
+    if p > 1:  # a rank waits for what the others do before and after it
+        bubble = bubble_formula(job.schedule, p, job.chunks, n) * n * (sum(times) - most) / (p - 1)
+    update, traffic, room = _update(job, cluster, layers, k)
+    hidden = k.hidden * min(traffic, room * most) if job.overlap else 0.0
+    slower = 1 + k.straggle * math.log2(cluster.nodes)
     parts = {
-        "compute": n * most * slower,
+        "compute": n * (most - layers * (tensor + context)) * slower,
         "tensor": n * layers * tensor * slower,
         "context": n * layers * context * slower,
         "data": traffic - hidden,
-        "pipeline": _messages(job, cluster, k) if p > 1 else 0.0,
+        "pipeline": _messages(work, job, cluster, k) if p > 1 else 0.0,
         "bubble": bubble * slower,
         "optimizer": update,
-        "fixed": k.fixed + k.fixed_nodes * math.log2(max(1, cluster.nodes)),
+        "fixed": k.fixed,
     }
-    peak = sum(parts.values()) * job.ranks * cluster.gpu.flops(job.precision)
-    mfu = job.tokens_per_step * flops / peak
-    again = {"none": 1.0, "full": 4 / 3, "selective": 1 + layer.attention_share / 3}[job.recompute]
+    flops = job.tokens_per_step * flops_per_token(job.model, job.sequence_length).training
+    mfu = flops / (sum(parts.values()) * job.ranks * cluster.gpu.flops(job.precision))
     return StepTime(
         **parts,
         tokens=job.tokens_per_step,
         gpus=job.ranks,
         mfu=mfu,
-        hfu=mfu * again,
-        spread=k.spread * (1 + 0.25 * max(0.0, math.log2(cluster.nodes / 64)) if cluster.nodes > 64 else 1.0),
+        hfu=mfu * (1 + again / 3),
+        spread=k.spread * (1 + 0.25 * max(0.0, math.log2(cluster.nodes / 64))),
     )
 
 
-class Layer(NamedTuple):
-    """One block and microbatch on one rank."""
+class Work(NamedTuple):
+    """What one layer and one microbatch make a rank do: numbers of elements, and FLOPs of the forward pass."""
 
-    seconds: float
-    """Forward, backward and what is recomputed."""
-    attention_share: float
-    """Of attention scores in the forward FLOPs."""
+    products: tuple[tuple[float, float], ...]
+    """(FLOPs, shortest side) of the matrix products."""
+    scores: float
+    """FLOPs of fused attention, of what the mask leaves."""
+    squares: float
+    """Scores that attention without a fused kernel keeps; 0 with one."""
+    square_flops: float
+    """FLOPs of these."""
+    residual: float
+    """The residual stream."""
+    inner: float
+    """What feed-forward and attention read or write element by element, forward."""
+    casts: float
+    """What products take in, which a precision of 8 bits casts first."""
+    head: tuple[float, float]
+    """The output projection, as products."""
+    logits: float
+    odd: bool
+    """Whether the head has rows that are no multiple of 8."""
+    message: float
+    """The hidden states of all tensor ranks."""
+    kv: float
+    """Keys and values."""
+    steps: float
+    """Kernels one after another that a rank launches more than once a layer: the LSTM's, of every position."""
 
 
-def _layer(job: Job, cluster: Cluster, k: Constants) -> Layer:
-    """Compute only."""
-    T = job.microbatch * job.sequence_length / job.context
-    return _layer_of(
-        job.model,
-        T,
-        job.sequence_length,
-        job.tensor,
-        job.sequence,
-        job.recompute,
-        job.attention,
-        job.precision,
-        job.compiled,
-        cluster.gpu.flops(job.precision),
-        cluster.gpu.flops("bf16"),
-        cluster.gpu.bandwidth_gb_s * 1e9,
-        k,
-    )
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _layer_of(
-    m: ModelConfig,
-    T: float,
-    S: int,
-    t: int,
-    sequence: bool,
-    recompute: str,
-    attention: str,
-    precision: str,
-    compiled: bool,
-    peak: float,
-    wide_peak: float,
-    bandwidth: float,
-    k: Constants,
-) -> Layer:
-    C, H, K, D, F = m.width, m.num_heads, m.num_kv_heads, m.dim_per_head, m.ffn
+@functools.lru_cache(maxsize=1 << 15)
+def work_of(m: ModelConfig, T: float, S: int, t: int, sequence: bool, attention: str) -> Work:
+    """T tokens of sequences of S, on one of t tensor ranks."""
+    C, V = m.width, m.vocab_size
+    head, odd = (2 * T * C * V / t, min(T, C, V / t)), V % t == 0 and V // t % 8 != 0
+    if m.kind == "lstm":
+        gates = ((8 * T * C * C, min(T, C)), (8 * T * C * C, min(T / S, C)))
+        return Work(gates, 0, 0, 0, T * C, 12 * T * C, 10 * T * C, head, T * V, odd, T * C, 0, S / 100)
+    H, K, D, F = m.num_heads, m.num_kv_heads, m.dim_per_head, m.ffn
     up = 2 if m.activation == "swiglu" else 1
-    bytes_ = 4 if precision == "fp32" else 2
-    shapes = ((C, (H + 2 * max(K, t)) * D / t), (H * D / t, C), (C, up * F / t), (F / t, C))
-    products = sum(_product(T, a, b, peak, k) for a, b in shapes)
-    keys = visible_keys(m, S) / S
-    scores_flops = 4 * T * keys * H * D / t
-    if attention == "flash":
-        scores = scores_flops / (math.sqrt(wide_peak * A100) * k.attention)
-    else:  # 11 bytes a score: products, softmax of what is seen, dropout and its mask
-        scores = 4 * T * S * H * D / t / (wide_peak * k.matmul)
-        scores += 5.5 * T * S * H / t * bytes_ / (bandwidth * k.unfused)
-    outside = T / t if sequence and t > 1 else T
-    traffic = k.passes * outside * C + (3 * up + 1) * T * F / t + 4 * T * (H + 2 * K / min(t, K)) * D / t
-    other = traffic * bytes_ / (bandwidth * k.bandwidth) * (0.5 if compiled else 1.0)
-    launches = k.launches * (0.5 if compiled else 1.0) * (2.0 if attention == "unfused" else 1.0)
-    forward = _longer(products + scores + other, launches)
-    more = 2.5 if attention == "flash" else 2.0  # the fused backward pass computes the scores again
-    backward = _longer(2 * products + more * scores + 2 * other, 1.5 * launches)
-    again = {"none": 0.0, "selective": scores, "full": forward}[recompute]
-    share = scores_flops / (scores_flops + 2 * T * sum(a * b for a, b in shapes))
-    return Layer(forward + backward + again, share)
-
-
-def _longer(a: float, b: float) -> float:
-    """The longer of two that run beside each other and sometimes wait for each other."""
-    return (a**4 + b**4) ** 0.25  # type: ignore[no-any-return]
-
-
-def _product(rows: float, inner: float, columns: float, peak: float, k: Constants) -> float:
-    """Seconds of (rows, inner) @ (inner, columns)."""
-    flops = 2 * rows * inner * columns
-    narrow = min(rows, inner, columns)
-    share = k.matmul * (A100 / peak) ** k.power
-    share *= flops / (flops + k.matmul_half * peak / A100) * narrow / (narrow + k.narrow)
-    return flops / (peak * share)
-
-
-def _head(job: Job, cluster: Cluster, k: Constants) -> float:
-    """Output projection and loss of a microbatch: three products, six fp32 passes over the logits."""
-    m, T = job.model, job.microbatch * job.sequence_length / job.context
-    rows = m.vocab_size / job.tensor
-    product = 3 * _product(
-        T, m.width, rows, cluster.gpu.flops("bf16" if job.precision == "fp8" else job.precision), k
+    kv = 2 * max(K, t) / t * D  # more ranks than kv heads hold copies
+    shapes = ((C, H * D / t + kv), (H * D / t, C), (C, up * F / t), (F / t, C))
+    flash = attention == "flash"
+    return Work(
+        products=tuple((2 * T * a * b, min(T, a, b)) for a, b in shapes),
+        scores=4 * T * visible_keys(m, S) / S * H * D / t if flash else 0.0,
+        squares=0.0 if flash else T * S * H / t,
+        square_flops=0.0 if flash else 4 * T * S * H * D / t,
+        residual=T * C / (t if sequence else 1),
+        inner=T * ((3 * up + 1) * F / t + 2 * (H * D / t + kv)),
+        casts=T * sum(a + b for a, b in shapes),
+        head=head,
+        logits=T * V / t,
+        odd=odd,
+        message=T * C,
+        kv=T * kv,
+        steps=0.0,
     )
-    return product + 6 * 4 * T * rows / (cluster.gpu.bandwidth_gb_s * 1e9 * k.bandwidth)
 
 
-def _inside(job: Job, cluster: Cluster, k: Constants) -> tuple[float, float]:
+class Rates(NamedTuple):
+    """What a card does in a second, with the constants in."""
+
+    products: float
+    """FLOPs."""
+    wide: float
+    """FLOPs of products that 8 bits are not enough for."""
+    scores: float
+    """FLOPs of fused attention."""
+    bandwidth: float
+    """Bytes."""
+
+
+def _rates(job: Job, cluster: Cluster, k: Constants) -> Rates:
+    gpu = cluster.gpu
+    hot = "fp8" in gpu.peak_tflops  # Hopper and later: the power limits the clock
+    share = k.matmul * (k.hot if hot else 1.0)
+    wide = gpu.flops("bf16" if job.precision == "fp8" else job.precision)
+    narrow = gpu.flops(job.precision) * (k.fp8 if hot and job.precision == "fp8" else 1.0)
+    scores = k.attention
+    if hot:
+        scores = k.attention_new if "Core" in job.software else k.attention_hot
+    if "llm-foundry" in job.software:  # of 2023
+        scores *= k.attention_old
+    return Rates(narrow * share, wide * share, wide * scores, gpu.bandwidth_gb_s * 1e9 * k.bandwidth)
+
+
+def _product(work: tuple[float, float], rate: float, k: Constants) -> float:
+    """Seconds of a matrix product and the two of its backward pass."""
+    flops, side = work
+    return 3 * (flops + k.half) / rate * (1 + k.narrow / side)
+
+
+def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, float]:
+    """(seconds of a layer forward and backward, share of the forward pass that is computed again)."""
+    bytes_ = job_bytes(job)
+    products = 0.0
+    for one in work.products:
+        products += _product(one, rates.products, k)
+    traffic = (k.passes * work.residual + 3 * work.inner) * bytes_ / rates.bandwidth
+    if job.precision == "fp8":  # read as 16 bits, written as 8, as it is and transposed
+        traffic += 4 * work.casts / rates.bandwidth
+    if job.compiled:
+        traffic *= k.compiled
+    if work.squares:  # products of a head are small: half as fast again
+        scores = (
+            1.5 * work.square_flops / rates.wide + work.squares * k.unfused * bytes_ / rates.bandwidth / 3
+        )
+        backward = 2 * scores
+    else:  # the fused backward pass computes the scores again: arXiv 2307.08691
+        scores = work.scores / rates.scores
+        backward = 2.5 * scores
+    forward = (products + traffic) / 3 + scores
+    again = 0.0
+    if job.recompute == "full":
+        again = forward
+    elif job.recompute == "selective":
+        again = (
+            (products / 2 + traffic) / 3 if job.software == "torchtitan" else scores
+        )  # it: every other product
+    return products + traffic + scores + backward + again, again / forward
+
+
+def _launches(work: Work, job: Job, k: Constants) -> float:
+    """Seconds of the CPU for the kernels of a layer."""
+    times = 4 / 3 if job.recompute == "full" else 1.0
+    if job.tensor > 1:
+        times *= 1.1
+    if work.squares and "Megatron" in job.software and job.microbatch * job.model.num_heads // job.tensor % 4:
+        times *= 1.45  # its fused softmax takes heads by fours
+    return k.launch * (times + work.steps)
+
+
+def _inside(work: Work, job: Job, cluster: Cluster, k: Constants) -> tuple[float, float]:
     """Seconds a layer and microbatch of tensor and context communication, forward and backward."""
-    m, bytes_ = job.model, job_bytes(job)
-    T = job.microbatch * job.sequence_length / job.context
     tensor = context = 0.0
-    if (t := job.tensor) > 1:
-        count = 4 + 2 * (job.recompute == "full")
-        rate = _rate(cluster, k, t, 1)
-        tensor = count * (2 * (t - 1) / t * T * m.width * bytes_ / rate + _latency(cluster, k, t, t))
-    if (c := job.context) > 1:
-        rate, wait = _rate(cluster, k, c, job.tensor), _latency(cluster, k, c, c * job.tensor)
-        kv = 2 * m.num_kv_heads / min(job.tensor, m.num_kv_heads) * m.dim_per_head
-        heads = (2 * m.num_heads / job.tensor * m.dim_per_head + kv) / c
-        width, count = (kv, 2) if job.context_by == "gather" else (heads, 2)
-        context = (count + (job.recompute == "full")) * ((c - 1) * T * width * bytes_ / rate + wait)
+    t, c, bytes_ = job.tensor, job.context, job_bytes(job)
+    if t > 1:  # two all-reduces each way, or as much in gathers; shared norms gather their inputs again
+        count = 4 + 2 * (job.recompute == "full") + 0.5 * job.sequence
+        sent = 2 * (t - 1) / t * work.message * bytes_ / _rate(cluster, k, t, 1)
+        tensor = count * (sent + _latency(cluster, k, t, t))
+        if job.tensor_overlap:
+            tensor *= 1 - k.hidden
+    if c > 1:
+        width = work.kv if job.context_by == "gather" else (2 * work.message / t + work.kv) / c
+        sent = (c - 1) * width * bytes_ / _rate(cluster, k, c, t)
+        context = (3 + (job.recompute == "full")) * (sent + _latency(cluster, k, c, c * t))
     return tensor, context
 
 
@@ -227,49 +273,48 @@ def _rate(cluster: Cluster, k: Constants, ranks: int, stride: int) -> float:
     All `stride` rings of a node share its network.
     """
     inside = cluster.gpu.link_gb_s * 1e9 * k.link
-    if ranks * stride <= cluster.per_node:
+    nodes = ranks * stride / cluster.per_node
+    if nodes <= 1:
         return inside
-    return min(inside, cluster.network.gb_s * 1e9 * k.network / min(stride, cluster.per_node))
+    share = k.network if cluster.network.rails or nodes <= 2 else k.network * (2 / nodes) ** k.crowding
+    return min(inside, cluster.network.gb_s * 1e9 * share / min(stride, cluster.per_node))
 
 
 def _latency(cluster: Cluster, k: Constants, ranks: int, span: int) -> float:
     """Seconds of the smallest collective."""
-    between = cluster.network.latency_us * 1e-6 * math.log2(ranks) if span > cluster.per_node else 0.0
-    return k.link_latency * (1 + (min(ranks, cluster.per_node) - 1) / 3) + 2 * between
+    return k.latency * math.log2(ranks) + (k.hop * ranks if span > cluster.per_node else 0.0)
 
 
-def _update(job: Job, cluster: Cluster, k: Constants, layers: int) -> tuple[float, float]:
-    """(seconds of the update, seconds of gradients and weights on their way) in a step."""
-    m, replicas = job.model, job.data * job.context
-    layer = layer_parameters(m, job.tensor)
-    ends = m.vocab_size * m.width / job.tensor * (1 if m.tied or job.pipeline > 1 else 2)
-    held = layers * (layer.cut + layer.whole) + ends
-    zero = min(job.zero, 1) if job.pipeline > 1 else job.zero
-    owned = held / replicas if zero else held
-    rate = cluster.gpu.bandwidth_gb_s * 1e9 / k.optimizer_passes
-    update = 28 * owned / (HOST_BYTES if job.offload else rate)
+def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[float, float, float]:
+    """(seconds of the update, of gradients and weights on their way, microbatches whose compute may hide these)."""
+    m, replicas, n = job.model, job.data * job.context, job.microbatches
+    held: float = parameters(m)
+    if m.kind == "transformer":
+        layer = layer_parameters(m, job.tensor)
+        ends = m.vocab_size * m.width / job.tensor * (1 if m.tied or job.pipeline > 1 else 2)
+        held = layers * (layer.cut + layer.whole) + ends
+    zero = min(job.zero, 1) if job.pipeline > 1 and job.software == "bigtrain" else job.zero
+    rate = cluster.gpu.bandwidth_gb_s * 1e9 * k.bandwidth / k.update
+    update = 28 * (held / replicas if zero else held) / (HOST_BYTES if job.offload else rate)
     if replicas == 1:
-        return update, 0.0
+        return update, 0.0, 0.0
+    g, w = job.gradient_bytes, job_bytes(job)
+    sent, calls, room = {
+        0: (2 * g, 2 * layers, 2 / 3),
+        1: (g + w, 2 * layers, 1.0),
+        2: (g * n + w, 2 * layers * n, n),
+        3: ((g + 2 * w) * n, 3 * (layers + 1) * n, n),
+    }[zero]
     ring = (replicas - 1) / replicas / _rate(cluster, k, replicas, job.tensor)
-    wait = _latency(cluster, k, replicas, replicas * job.tensor)
-    weights = 4 if job.precision == "fp32" else 2
-    times = job.microbatches if zero >= 2 else 1
-    g = job.gradient_bytes
-    sent = {0: 2 * g, 1: g + weights, 2: g * times + weights, 3: (g + 2 * weights) * times}[zero]
-    calls = (3 * layers if zero == 3 else 4) * times
-    return update, sent * held * ring + calls * wait
+    return update, sent * held * ring + calls * _latency(cluster, k, replicas, replicas * job.tensor), room
 
 
-def _messages(job: Job, cluster: Cluster, k: Constants) -> float:
-    """Hidden states between stages: on the way in and out of the pipeline all are waited for."""
-    T = job.microbatch * job.sequence_length / job.context
-    shared = job.tensor if job.sequence else 1
-    size = T * job.model.width * job_bytes(job) / shared
-    between = job.ranks > cluster.per_node
-    rate = (
-        cluster.network.gb_s * 1e9 * k.network / cluster.per_node
-        if between
-        else cluster.gpu.link_gb_s * 1e9 * k.link
-    )
-    hop = size / rate + k.link_latency + (cluster.network.latency_us * 1e-6 if between else 0.0)
-    return 2 * hop * (job.pipeline - 1) + 2 * k.hop * job.microbatches * job.chunks * hop
+def _messages(work: Work, job: Job, cluster: Cluster, k: Constants) -> float:
+    """Hidden states between stages: on the way in and out of the pipeline, and one each way for every microbatch."""
+    size = work.message * job_bytes(job) / (job.tensor if job.sequence else 1)
+    if job.tensor * job.context * job.data >= cluster.per_node:
+        rate = cluster.network.gb_s * 1e9 * k.network / cluster.per_node
+    else:
+        rate = cluster.gpu.link_gb_s * 1e9 * k.link
+    hop = size / rate + k.latency
+    return 2 * hop * (job.pipeline - 1) + 2 * (1 - k.hidden) * job.microbatches * job.chunks * hop
