@@ -178,7 +178,8 @@ def _add_launch(verbs: Verbs) -> None:
         "launch",
         help="fill in and submit a job: SLURM, Open MPI, Kubernetes",
         formatter_class=_Raw,
-        description="Fill in a script of launch/ for this config and cluster, check that the layout fits the nodes and\n"
+        description="Fill in a script of launch/ for this config and cluster, check that the layout fits the nodes and"
+        "\n"
         "that the data is there, then submit it. The run resumes by itself after a preemption or a restart.",
         epilog="""\
 examples:
@@ -346,7 +347,8 @@ def _add_report(verbs: Verbs) -> None:
         "report",
         help="one HTML page and pictures about a run, or several compared",
         formatter_class=_Raw,
-        description="Write one self-contained HTML page and a PNG of each chart: losses, learning rate, gradient norm,\n"
+        description="Write one self-contained HTML page and a PNG of each chart: losses, learning rate, gradient norm,"
+        "\n"
         "throughput, MFU, memory, events, configuration, provenance. Several runs are laid over each other.",
         epilog="""\
 The page loads nothing from anywhere: mail it, or open it from the disk. Runs of any length make a small page.

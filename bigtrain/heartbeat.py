@@ -100,6 +100,10 @@ class Talker:
 
     def round(self) -> str:
         """Beat and look at the neighbours; what is wrong with one, "" when nothing is."""
+        if not reachable(self._shared):  # else every request prints a C++ stack
+            raise ConnectionError("nothing listens where the store was")
+        if self._trouble:
+            self._store = self._shared.clone()
         self.say_beat()
         for other in self._neighbours:
             if finding := self._look_at(other):
@@ -133,6 +137,8 @@ class Talker:
         beat = self._beat_of(other)
         if beat.get("left"):
             return ""
+        if other not in self._who:
+            self._process(other)  # to know it when the store is gone
         timer = self._timers.setdefault(other, Timer(None, self.dog.awake))
         silent = timer.same_for(beat.get("n"), self.dog.awake)
         if silent > self.patience:
@@ -191,8 +197,6 @@ class Talker:
         _log.warning("no heartbeat: %s", self._trouble)
         answer = reachable(self._shared)
         if answer is True:
-            with contextlib.suppress(Exception):
-                self._store = self._shared.clone()
             return
         # Refused: the store's process has ended, perhaps because the run has. Silence may be a cut link: patience.
         now = time.monotonic()
@@ -203,6 +207,9 @@ class Talker:
     def cut_off(self, silent: float) -> str:
         """The verdict when the store does not answer."""
         why = f" ({self._trouble})" if self._trouble else ""
+        if not agent_hosts() and 0 in self._who and "stopped" in (seen := self._process(0)):
+            self._kill(0)
+            return f"rank 0 on {self._who[0]['host']}, which holds the store, does not answer ({seen})"
         holder = "torchrun's agent on rank 0's machine" if agent_hosts() else "rank 0"
         return (
             f"rank {self.rank} on {socket.gethostname()} is cut off: {holder}, which holds the store, has not answered "
@@ -300,6 +307,12 @@ class Talker:
         with contextlib.suppress(Exception):
             within(1.0, self.say_beat)
 
+    def _kill(self, other: int) -> None:
+        """End a rank on this machine that does not end by itself: launchers wait for every rank."""
+        if (seen := self._process(other)) and "gone" not in seen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(self._who[other]["process"]), 9)
+
     def finish(self) -> None:
         """After a verdict: kill neighbours that it cannot reach, and let others read it before the store goes."""
         with contextlib.suppress(Exception):
@@ -310,12 +323,8 @@ class Talker:
         if case < 0 or self._trouble:
             return
         for other in self._neighbours:
-            who = self._who.get(other)
-            if who is None or self._store.check([f"watch/report/{case}/{other}"]):
-                continue
-            if "its process" in self._process(other) and "gone" not in self._process(other):
-                # Launchers wait for every rank, and this one would not end by itself.
-                os.kill(int(who["process"]), 9)
+            if other in self._who and not self._store.check([f"watch/report/{case}/{other}"]):
+                self._kill(other)
         if self.rank == 0 and not agent_hosts():
             came = self._store.add(f"watch/came/{case}", 0)
             self._until(lambda: self._store.add(f"watch/heard/{case}", 0) >= came, ANSWER)

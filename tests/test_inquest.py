@@ -24,7 +24,8 @@ def test_silent_ranks_come_first_those_of_a_host_together() -> None:
     ]
     said = judge(ranks(replace(WAITS, rank=1, waits=False)), silent)
     assert said == (
-        "ranks 2-3 on b do not answer (its process is gone: killed, perhaps by out of memory), last heard of in step 6, "
+        "ranks 2-3 on b do not answer (its process is gone: killed, perhaps by out of memory), last heard of "
+        "in step 6, "
         "training; rank 9 on c does not answer (killed, frozen or cut off), last heard of in step 0, starting; "
         "the others stand in step 7"
     )

@@ -165,6 +165,15 @@ def test_recomputing_more_never_makes_a_step_faster_or_larger(name: str) -> None
         assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize(("name", "world"), [("llama-8b", 32), ("gpt2-124m", 12), ("llama-70b", 96)])
+def test_one_of_three_stages_is_the_fullest(name: str, world: int) -> None:
+    config = load(find_config(name), ["train.global_batch_tokens=none", "train.global_batch=96"])
+    listed = list(layouts(base_job(config), Rules.of(config, world, offload=False)))
+    pipelines = [job for job in listed if job.pipeline > 3]
+    for job in random.Random(3).sample(pipelines, 400):
+        assert fullest(job) == max(stage.high for stage in memory_of(job)), described(job)
+
+
 def test_a_quick_search_tries_some_of_them() -> None:
     config = load(find_config("llama-8b"))
     base, rules = base_job(config), Rules.of(config, 64, offload=False)

@@ -39,6 +39,7 @@ def draw_all(e: Estimate, folder: Path) -> list[Path]:
 def draw_memory(e: Estimate, out: Path) -> Path:
     """Stacked bars, one a pipeline stage (equal neighbours share one), against the card's memory."""
     rows = list(stage_rows(e.stages, e.memory))
+    plain: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     figure = _figure(9.0, 1.9 + 0.42 * len(rows))
     axes = figure.subplots()
     for row, (_, stage, total) in enumerate(rows):
@@ -56,7 +57,15 @@ def draw_memory(e: Estimate, out: Path) -> Path:
             left += width
         reach = [[(total.point - total.low) / GIB], [(total.high - total.point) / GIB]]
         axes.errorbar(total.point / GIB, row, xerr=reach, color="#303030", capsize=3, linewidth=1.2)
-        axes.text(total.high / GIB, row, f"  {total.point / GIB:.1f} GiB", va="center", fontsize=9)
+        axes.text(
+            total.high / GIB,
+            row,
+            f"  {total.point / GIB:.1f} GiB",
+            va="center",
+            fontsize=9,
+            bbox=plain,
+            zorder=3,
+        )
     card = e.capacity / GIB
     axes.axvline(
         card, color="#B00020", linewidth=1.6, linestyle="--", label=f"{e.cluster.gpu.name}: {card:.0f} GiB"
@@ -171,7 +180,8 @@ def draw_scaling(config: Config, cluster: Cluster, out: Path) -> Path:
         f"{config.name} on {cluster.gpu.name}: fastest layout of each size", loc="left", fontweight="bold"
     )
     below.set_ylabel("MFU (%)")
-    below.set_ylim(0, max(10.0, *(112 * p.layout.time.mfu for p in (*strong, *weak))))
+    times = [p.layout.time for p in (*strong, *weak)]
+    below.set_ylim(0, max(10.0, *(103 * t.mfu * t.total / t.low for t in times)))
     below.set_xticks(counts, [f"{n:,}" for n in counts])
     below.minorticks_off()
     below.set_xlabel(f"GPUs (grey: the {cluster.gpus:,} of this plan)")

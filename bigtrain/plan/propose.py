@@ -241,7 +241,12 @@ def _drafted(asked: _Asked, model: ModelConfig, length: int, batch: int, tokens:
     """A config with this batch and this much data; everything but the layout."""
     steps = tokens // batch
     inner = non_embedding_parameters(model)
-    budget: dict[str, Any] = {"steps": None, "tokens": tokens, "global_batch": None, "global_batch_tokens": batch}
+    budget: dict[str, Any] = {
+        "steps": None,
+        "tokens": tokens,
+        "global_batch": None,
+        "global_batch_tokens": batch,
+    }
     budget |= {"precision": "bf16", "eval_every": max(1, steps // 50)}
     optim = {"lr": learning_rate(inner, tokens).value, "warmup_steps": min(2000, max(1, steps // 50))}
     saves = save_plan(12.0 * parameters(model), asked.cluster.gpus, asked.cluster.nodes)

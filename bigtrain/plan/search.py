@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,9 @@ from bigtrain.plan.steptime import PARTS, StepTime, time_of
 
 MOST_CHUNKS = 8
 """Pieces of a pipeline rank that are tried; more would only send more messages for a smaller bubble."""
+
+NEARLY = 1.5
+"""Layouts that need up to so many times a card's memory are told as those that would be faster."""
 
 QUICK = {"tensor": 8, "context": 1, "microbatch": 8}
 """Largest axes and microbatch of a quick search."""
@@ -223,7 +225,7 @@ class Found:
     best: list[Layout]
     """The fastest that fit, one for each set of axes, the winner first; empty when nothing fits."""
     too_large: list[Layout]
-    """The fastest that would need more memory than the card has."""
+    """Faster ones that would need somewhat more memory than the card has."""
     smallest: Layout | None
     """The layout that needs least memory, where nothing fits."""
     tried: int
@@ -246,15 +248,14 @@ class _Top:
     size: int
     kept: dict[tuple[int, int, int], Layout] = field(default_factory=dict)
 
-    def wants(self, layout: Layout) -> bool:
-        """Whether it is better than what is kept for its axes."""
-        job = layout.job
+    def wants(self, job: Job, total: float) -> bool:
+        """Whether a layout with this step time is better than what is kept for its axes."""
         former = self.kept.get((job.tensor, job.pipeline, job.context))
-        return former is None or _before(layout, former)
+        return former is None or _before(job, total, former.job, former.time.total)
 
     def offer(self, layout: Layout) -> None:
         job = layout.job
-        if self.wants(layout):
+        if self.wants(job, layout.time.total):
             self.kept[job.tensor, job.pipeline, job.context] = layout
 
     def best(self) -> list[Layout]:
@@ -263,12 +264,12 @@ class _Top:
 
 
 def _order(one: Layout, other: Layout) -> int:
-    return -1 if _before(one, other) else 1
+    return -1 if _before(one.job, one.time.total, other.job, other.time.total) else 1
 
 
-def _before(one: Layout, other: Layout) -> bool:
-    gap = one.time.total / other.time.total - 1
-    return gap < -1e-6 or (gap <= 1e-6 and _plainness(one.job) < _plainness(other.job))
+def _before(one: Job, seconds: float, other: Job, than: float) -> bool:
+    gap = seconds / than - 1
+    return gap < -1e-6 or (gap <= 1e-6 and _plainness(one) < _plainness(other))
 
 
 def search(
@@ -286,7 +287,9 @@ def search(
     many ranks, or the engine is made for one process.
     """
     if config.layout.engine == "reference" and cluster.gpus > 1:
-        raise UserError("the reference engine runs in one process", where="layout.engine", do='use engine = "auto"')
+        raise UserError(
+            "the reference engine runs in one process", where="layout.engine", do='use engine = "auto"'
+        )
     asked = _Asked(config, cluster, constants, few, quick)
     found = _search(asked, offload=config.layout.offload == "optimizer")
     if found.best or found.offload or config.optim.kind == "muon":
@@ -314,15 +317,21 @@ def _search(asked: _Asked, *, offload: bool) -> Found:
     for plain in layouts(base, rules, quick=asked.quick, recompute=("none",)):
         families += 1
         # Recomputing more only takes longer: what is not wanted for its time, or fits as it is, needs no more of it.
-        for recompute in RECOMPUTE:
-            job = plain if recompute == "none" else dataclasses.replace(plain, recompute=recompute)
-            layout = Layout(job, math.nan, time_of(job, cluster, asked.constants))
-            if not fitting.wants(layout):
+        kinds = [plain]
+        for job in kinds:
+            step = time_of(job, cluster, asked.constants)
+            if not fitting.wants(job, step.total):
                 break
-            layout = dataclasses.replace(layout, bytes=fullest(job))
-            (fitting if layout.bytes <= capacity else larger).offer(layout)
-            if layout.bytes <= capacity:
+            size = fullest(job)
+            if size <= capacity:
+                fitting.offer(Layout(job, size, step))
                 break
+            if size <= NEARLY * capacity:
+                larger.offer(Layout(job, size, step))
+            if job is plain:
+                least = dataclasses.replace(plain, recompute="full")
+                if fullest(least) <= NEARLY * capacity:
+                    kinds += [dataclasses.replace(plain, recompute="selective"), least]
     if families == 0 and asked.quick:
         return _search(dataclasses.replace(asked, quick=False), offload=offload)
     if families == 0:
@@ -352,8 +361,12 @@ def base_job(config: Config) -> Job:
 
 
 def fullest(job: Job) -> float:
-    """Bytes of the rank that needs most, the upper end of the interval."""
-    return max(stage.high for stage in memory_of(job))
+    """Bytes of the rank that needs most, the upper end of the interval.
+
+    It is one of three stages: activations in flight and layers fall from the first stage on, which with a V also has
+    the head and therefore fewer layers than the second; the last has the head.
+    """
+    return max(stage.high for stage in memory_of(job, (0, 1, job.pipeline - 1)))
 
 
 def _plainness(job: Job) -> tuple[int, ...]:

@@ -183,10 +183,9 @@ def tell_search(found: Found) -> str:
         lines.append(_line("layouts" if i == 0 else "", f"{i + 1}. {_layout(layout)}"))
         if i:
             lines.append(_line("", f"   {why_slower(layout.time, found.best[0].time)}"))
-    faster = "faster, but too large" if found.best else "too large"
     for i, layout in enumerate(found.too_large):
         over = gibibytes(layout.bytes - found.capacity)
-        lines.append(_line(faster if i == 0 else "", f"{_layout(layout)}: {over} too much"))
+        lines.append(_line("too large" if i == 0 else "", f"- {_layout(layout)}: {over} too much"))
     if found.offload and found.best:
         lines.append(_line("", "nothing fits unless the optimizer state is kept in host memory"))
     lines.append(_line("", f"{found.tried:,} layouts compared in {found.seconds:.1f} s"))

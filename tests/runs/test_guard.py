@@ -133,11 +133,17 @@ def test_rollback_is_the_run_that_was_never_given_that_data(rolled: Path, withou
     assert all(len(known) == 1 for known in guards_of(rolled)), "every checkpoint says what is left out"
 
 
-def test_a_kill_after_the_rollback_changes_nothing(tiny: Tiny, tmp_path: Path, without: Path) -> None:
-    """Resumed under "warn", nothing could find the spike again: what is left out is known from the checkpoint."""
-    run = tmp_path / "killed"
+@pytest.mark.parametrize(("leave_out", "checkpoint"), [(1, 10), (6, 5)])
+def test_a_kill_after_the_rollback_changes_nothing(
+    tiny: Tiny, tmp_path: Path, leave_out: int, checkpoint: int
+) -> None:
+    """Resumed under "warn", nothing could find the spike again: what is left out is known from the checkpoint.
+
+    With six steps left out, the newest checkpoint has seen some of their data and must be gone.
+    """
+    run, honest = tmp_path / "killed", tmp_path / "honest"
     process = subprocess.Popen(
-        command(tiny, run, "guard.on_spike=rollback"),
+        command(tiny, run, "guard.on_spike=rollback", f"guard.leave_out={leave_out}"),
         env=environment(tiny, BAD),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -147,10 +153,12 @@ def test_a_kill_after_the_rollback_changes_nothing(tiny: Tiny, tmp_path: Path, w
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=30) == -signal.SIGKILL, "the run ended before the kill"
     assert max(steps_of(run)) < 24
-    train(tiny, run, BAD, "guard.on_spike=warn")
-    assert losses_of(run) == losses_of(without)
-    assert weights_of(run) == weights_of(without)
-    assert decisions(run) == [(10, "rollback", "rollback", SPIKE, *RANGE)]
+    train(tiny, run, BAD, "guard.on_spike=warn", f"guard.leave_out={leave_out}")
+    gone = (RANGE[1] + 1 - 8 * leave_out, RANGE[1])
+    train(tiny, honest, {"without": gone}, "guard.window=1000")
+    assert losses_of(run) == losses_of(honest)
+    assert weights_of(run) == weights_of(honest)
+    assert decisions(run) == [(checkpoint, "rollback", "rollback", SPIKE, *gone)]
 
 
 def test_a_rollback_to_the_start_and_over_several_steps_resumes_in_another_layout(
