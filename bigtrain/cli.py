@@ -480,6 +480,8 @@ def _train(args: argparse.Namespace) -> int:
         return lr_find(config, args.run_dir or f"runs/{config.name}")
     from bigtrain.grid import grid_of
 
+    # torch warns of every lost connection with a C++ stack; who was lost is said in one line. Errors still show.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     grid_of(config, place.world)  # a layout that cannot be is refused before torch is imported (5 s)
     from bigtrain.train import train
 

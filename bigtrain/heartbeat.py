@@ -299,13 +299,18 @@ class Talker:
     # ---- leaving
 
     def leave(self) -> None:
-        """The others are not to miss this rank. Never raises; the heartbeat that says so has a second."""
+        """The others are not to miss this rank. Never raises; the last heartbeat has a second."""
         if self.left:
             return
         self.left = True
         self.dog.wake.set()
+        self.say_goodbye()
+
+    def say_goodbye(self) -> None:
+        """The last heartbeat says that it leaves; the talking thread repeats it, whose own may have come after."""
         with contextlib.suppress(Exception):
-            within(1.0, self.say_beat)
+            if reachable(self._shared):
+                within(1.0, self.say_beat)
 
     def _kill(self, other: int) -> None:
         """End a rank on this machine that does not end by itself: launchers wait for every rank."""

@@ -195,8 +195,7 @@ class Watchdog:
                 talker.ill(e)
             self.wake.wait(self.beat)
             self.wake.clear()
-        with contextlib.suppress(Exception):
-            talker.say_beat()  # the last one says that it leaves
+        talker.say_goodbye()
 
     def _settle(self, talker: Talker) -> None:
         """An alarm: report, hear the verdict, and end or go on."""

@@ -85,6 +85,25 @@ def test_a_stopped_rank_is_named_and_killed(tiny: Tiny, tmp_path: Path) -> None:
     assert "rank 1" in outcome["reason"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("kill", -9, "rank 0 with the store is gone"),
+        ("stop", -9, rf"rank 0 on {HOST}, which holds the store, does not answer \(its process is stopped"),
+    ],
+)
+def test_the_rank_that_holds_the_store(fault: str, code: int, said: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Under srun and mpirun rank 0 holds it: no word, no verdict, and every request to it an error."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "", "MASTER_PORT": str(port)}
+    (dead, alive), seconds = train(tiny, tmp_path / "run", fault, rank=0, env=env)
+    assert (dead.code, alive.code) == (code, 1)
+    assert re.search(said, one_line(alive))
+    assert len(alive.stderr.splitlines()) <= 3, "no C++ stacks: " + alive.stderr
+    assert seconds < 40
+
+
 @pytest.mark.parametrize("fault", ["sleep", "lock"])
 def test_a_deadlock_is_found_by_the_one_that_does_not_wait_for_others(
     fault: str, tiny: Tiny, tmp_path: Path
