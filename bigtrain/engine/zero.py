@@ -128,9 +128,9 @@ class ZeroEngine:
             nonlocal asked, refused
             if finite(norm):
                 return True
-            if not asked and refuse(float(norm)):
-                refused = float(norm)
-            asked = True  # it asks about norms of partitions too, later on
+            if not asked:  # it asks about norms of partitions too, later on
+                asked, scaled = True, float(norm)
+                refused = scaled if refuse(scaled) else None
             return refused is not None
 
         module.is_invalid_grad_norm = invalid
