@@ -261,9 +261,8 @@ class Watchdog:
                 when = time.strftime("%Y-%m-%d %H:%M:%S")
                 file.write(f"{when},000 ERROR {__name__}: {verdict}; this rank {doing(self.report())}\n")
                 write_stacks(file, f"rank {self._rank}")
-            recorded = write_flight(self.folder / f"flight_{self._rank}")
-            how = f"; collectives: torchfrtrace --prefix flight_ {self.folder}" if recorded else ""
-            return f"\n  -> stacks: {self.folder / name}{how}"
+            how = write_flight(self.folder, self._rank)
+            return f"\n  -> stacks: {self.folder / name}{'; ' + how if how else ''}"
 
         try:
             return within(10.0, write)

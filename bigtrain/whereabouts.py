@@ -119,17 +119,24 @@ def pending_collective(recorded: dict[str, Any] | None = None) -> str:
     return ""
 
 
-def write_flight(path: Path) -> bool:
-    """Write the recorder's content where `torchfrtrace` reads it; False when there is nothing to write."""
-    if not flight().get("entries"):
-        return False
-    try:
-        from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defined]
+def write_flight(folder: Path, rank: int) -> str:
+    """Write the recorder's content to flight_RANK.json; how to read it, "" when there is nothing.
 
-        path.write_bytes(_dump_fr_trace(includeCollectives=True, includeStackTraces=True, onlyActive=False))
-    except Exception:
-        return False
-    return True
+    NCCL's goes to flight_RANK too, for torch's own analysis of all ranks' files. Of gloo's records that tool (torch
+    2.13) makes a KeyError, for gloo does not name the ranks of its groups.
+    """
+    recorded = flight()
+    if not recorded.get("entries"):
+        return ""
+    readable = folder / f"flight_{rank}.json"
+    readable.write_text(json.dumps(recorded, indent=1) + "\n")
+    if not any(str(entry["profiling_name"]).startswith("nccl") for entry in recorded["entries"]):
+        return f"the last collectives: {readable}"
+    from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defined]
+
+    whole = _dump_fr_trace(includeCollectives=True, includeStackTraces=True, onlyActive=False)
+    (folder / f"flight_{rank}").write_bytes(whole)
+    return f"the last collectives: {readable}, and of all ranks: torchfrtrace --prefix flight_ {folder}"
 
 
 # ---- stacks

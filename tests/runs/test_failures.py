@@ -124,8 +124,9 @@ def test_a_deadlock_is_found_by_the_one_that_does_not_wait_for_others(
     assert waits is not None
     assert waits[1] == "allreduce" or waits[1] == "all_reduce", "what the healthy rank waits in"
     assert "in happen" in stacks_of(run, 1)
-    assert (run / "logs" / "0001" / "flight_0").stat().st_size > 0
-    assert "torchrun" in finished[0].stderr or "torchfrtrace" in finished[0].stderr
+    recorded = json.loads((run / "logs" / "0001" / "flight_0.json").read_text())
+    assert recorded["entries"][-1]["profiling_name"] == "gloo:all_reduce"
+    assert f"the last collectives: {run}/logs/0001/flight_0.json" in finished[0].stderr
 
 
 def test_a_slow_run_goes_on(tiny: Tiny, tmp_path: Path) -> None:
