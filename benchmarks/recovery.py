@@ -52,6 +52,18 @@ def main() -> None:
                 noticed[name].append(after_a_fault(config, run, fault, args.limit))
                 restarted.append(after_a_restart(config, run))
                 load.append(os.getloadavg()[0])
+            write(args, number + 1, noticed, restarted, load)  # a later round may be the one that hangs
+    print(args.out.read_text())
+
+
+def write(
+    args: argparse.Namespace,
+    rounds: int,
+    noticed: dict[str, list[float]],
+    restarted: list[float],
+    load: list[float],
+) -> None:
+    """The JSON, from the rounds so far."""
     report = {
         "what": "seconds; medians over rounds in turns",
         "machine": machine(),
@@ -59,13 +71,12 @@ def main() -> None:
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "deepspeed")},
         "ranks": 2,
-        "rounds": args.rounds,
+        "rounds": rounds,
         "limit": args.limit,
         "noticed": {name: summary(values) for name, values in noticed.items()},
         "restart to first step": summary(restarted),
     }
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
 
 
 def summary(values: list[float]) -> dict[str, Any]:
