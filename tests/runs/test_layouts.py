@@ -280,9 +280,9 @@ FAILURES = {
         env={"BIGTRAIN_MEET_MINUTES": "0.05"},
     ),
     "fails alone while building": Failure(PLANTED, [1, 2], ["loader: planted"]),
-    "killed while training": Failure(KILLED.format(who=1), [1, -9], ["another rank ended"], silent=(1,)),
+    "killed while training": Failure(KILLED.format(who=1), [1, -9], ["rank 1 on ", "is gone"], silent=(1,)),
     "rank 0 killed while training": Failure(
-        KILLED.format(who=0), [-9, 1], ["another rank ended"], silent=(0,)
+        KILLED.format(who=0), [-9, 1], ["rank 0 on ", "is gone"], silent=(0,)
     ),
 }
 
