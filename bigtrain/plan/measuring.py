@@ -134,8 +134,9 @@ def _kinds_known(engine: Any, storages: Storages, places: Places) -> Iterator[No
         storages.follow(getattr(weight, "ds_tensor", weight), "weights")
         storages.follow(weight, "weights")
 
-    def arrived(gradient: torch.Tensor) -> None:
-        storages.follow(gradient, "gradients")
+    def arrived(gradient: torch.Tensor | None) -> None:
+        if gradient is not None:  # put off: see `bigtrain.parallel.region.Later`
+            storages.follow(gradient, "gradients")
 
     def updating(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:

@@ -50,7 +50,8 @@ FOUR = [
     case(tensor=2, pipeline=2, zero=0, schedule="zbv", chunks=2, sequence=False, tied=False, counts=(4, 3)),
     case("bf16", tensor=2, zero=3, recompute="full", counts=(2, 2, 3)),
     case("bf16", pipeline=4, zero=0, tied=False, counts=(3, 5)),
-    case(tensor=2, context=2, zero=2),
+    # In fp32 gloo's thread may still hold a summed gradient, which autograd then copies: one run more, one run less.
+    case("bf16", tensor=2, context=2, zero=2),
     case("fp16", context=2, zero=1, context_by="ulysses"),
 ]
 
