@@ -36,7 +36,8 @@ def test_who_does_not_wait_is_what_the_others_wait_for() -> None:
         ranks(replace(WAITS, rank=2, host="b", waits=False, where="sleep, called by g at y.py:1")), []
     )
     assert said == (
-        "rank 2 does not get on: rank 2 on b for 700 s in step 7, training: in no collective, but in sleep, called by g at y.py:1"
+        "rank 2 does not get on: rank 2 on b for 700 s in step 7, training: in no collective, but in sleep, "
+        "called by g at y.py:1"
     )
 
 
