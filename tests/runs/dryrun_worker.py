@@ -72,7 +72,7 @@ def filled_outside(*args: Any, **kwargs: Any) -> None:
 
 
 def waited_outside(work: dist.Work, *args: Any) -> Any:
-    """gloo makes a reduce-scatter of an all-reduce and a copy, and the copy when it is waited for: not a step's work."""
+    """gloo makes a reduce-scatter of an all-reduce and a copy, the latter when it is waited for: no step's work."""
     with _disable_current_modes():
         return WAIT(work, *args)
 
