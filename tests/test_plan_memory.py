@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from bigtrain.config import ModelConfig
-from bigtrain.engine import zero
+from bigtrain.config import Config, ModelConfig
+from bigtrain.engine import replica, zero
 from bigtrain.model import loss
-from bigtrain.plan import memory
+from bigtrain.parallel import vocabulary
+from bigtrain.parallel.schedule import Timeline, orders
+from bigtrain.plan import activations, states
+from bigtrain.plan.activations import in_flight, kept_of
+from bigtrain.plan.dryrun import dry_run
 from bigtrain.plan.flops import parameters
-from bigtrain.plan.job import Job
+from bigtrain.plan.job import Job, job_of
 from bigtrain.plan.memory import layer_parameters, memory_of
 
 MODEL = ModelConfig(
@@ -28,9 +33,10 @@ JOB = Job(MODEL, sequence_length=4096, global_batch=64, microbatch=2, zero=0, se
 
 
 def test_the_numbers_copied_from_modules_that_need_torch_are_theirs() -> None:
-    assert memory.BUCKET_ELEMENTS == zero.BUCKET_ELEMENTS
-    assert (memory.LIVE_ELEMENTS, memory.PREFETCH_ELEMENTS) == (zero.LIVE_ELEMENTS, zero.PREFETCH_ELEMENTS)
-    assert (memory.CHUNK_LOGITS, memory.CHUNK_TOKENS) == (loss.CHUNK_GPU, loss.CHUNK_TOKENS)
+    assert states.BUCKET_ELEMENTS == zero.BUCKET_ELEMENTS
+    assert (states.LIVE_ELEMENTS, states.PREFETCH_ELEMENTS) == (zero.LIVE_ELEMENTS, zero.PREFETCH_ELEMENTS)
+    assert states.REPLICA_BUCKET_BYTES == replica.BUCKET_BYTES
+    assert (activations.CHUNK_LOGITS, activations.CHUNK_TOKENS) == (loss.CHUNK_GPU, loss.CHUNK_TOKENS)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -58,13 +64,19 @@ def test_pipeline_and_tensor_ranks_share_them() -> None:
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_zero_shards_what_its_paper_says(ranks: int) -> None:
     held = parameters(MODEL)
-    by_level = [memory_of(replace(JOB, data=ranks, zero=level))[0] for level in (0, 1, 2, 3)]
-    assert [round(s.state / held, 3) for s in by_level] == [
-        18,
-        round(6 + 12 / ranks, 3),
-        round(2 + 16 / ranks, 3),
-        round(18 / ranks, 3),
+    by_level = [
+        memory_of(replace(JOB, data=ranks, zero=level, global_batch=2 * ranks))[0] for level in (0, 1, 2, 3)
     ]
+    assert [s.state / held for s in by_level] == pytest.approx(
+        [18, 6 + 12 / ranks, 2 + 16 / ranks, 18 / ranks], rel=1e-3
+    )
+
+
+def test_zero_1_keeps_16_bit_gradients_from_one_microbatch_to_the_next() -> None:
+    few, many = (memory_of(replace(JOB, data=8, zero=1, global_batch=n))[0] for n in (16, 64))
+    assert many.gradients - few.gradients == pytest.approx(2 * parameters(MODEL))
+    piped = [memory_of(replace(JOB, data=8, zero=1, pipeline=2, global_batch=n))[1] for n in (16, 64)]
+    assert piped[0].gradients == piped[1].gradients, "a pipeline adds them up and drops them"
 
 
 def test_kv_heads_are_copied_where_there_are_more_ranks_than_heads() -> None:
@@ -84,23 +96,104 @@ def test_activations_follow_the_schedule() -> None:
         )
         return memory_of(job)[0].activations
 
-    layer = memory.kept_by_layer(JOB).layer
-    assert first("1f1b", 1) == pytest.approx(4 * 4 * layer)
-    assert first("gpipe", 1) == pytest.approx(32 * 4 * layer)
-    assert first("interleaved", 2) == pytest.approx((2 * 3 + 4 + 1) * 2 * layer)
+    kept = kept_of(JOB)
+    each = 4 * kept.layer + kept.around
+    assert first("1f1b", 1) == pytest.approx(4 * each + kept.passing)
+    assert first("gpipe", 1) == pytest.approx(32 * each + kept.passing)
+    chunk = 2 * kept.layer + kept.around
+    assert first("interleaved", 2) == pytest.approx((2 * 3 + 4 + 1) * chunk + kept.passing)
     last = memory_of(replace(JOB, pipeline=4))[-1]
     assert last.activations < first("1f1b", 1) / 2
     assert last.logits > 0
 
 
+@pytest.mark.parametrize("pipeline", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("schedule", "chunks"),
+    [("1f1b", 1), ("gpipe", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved-zb", 2), ("zbv", 2)],
+)
+def test_chunks_in_flight_are_those_of_the_schedule(schedule: str, chunks: int, pipeline: int) -> None:
+    """Counted in the actions of the schedules themselves; zero-bubble ones between both halves of the backward pass."""
+    for microbatches in (*range(1, 18), 32):
+        job = replace(
+            JOB,
+            pipeline=pipeline,
+            schedule=schedule,
+            chunks=chunks,
+            global_batch=2 * microbatches,
+            sequence=False,
+        )
+        actions = Timeline(orders(schedule, pipeline, chunks, microbatches), [], 0.0, [])
+        ours = [in_flight(job, stage) for stage in range(pipeline)]
+        assert [whole + half for whole, half in ours] == actions.in_flight("BW"), microbatches
+        if schedule != "zbv":  # whose halves follow each other
+            assert [whole for whole, _ in ours] == actions.in_flight("BI"), microbatches
+
+
 def test_recompute_and_sharing_lower_what_is_kept() -> None:
-    kept = [memory.kept_by_layer(replace(JOB, recompute=r)).waiting for r in ("none", "selective", "full")]  # type: ignore[arg-type]
-    assert kept[2] == 2 * 2 * 4096 * 2048
-    assert kept[2] < kept[1] <= kept[0]
+    none, selective, full = (kept_of(replace(JOB, recompute=r)) for r in ("none", "selective", "full"))  # type: ignore[arg-type]
+    assert full.waiting == 2 * 2 * 4096 * 2048
+    assert full.waiting < selective.waiting < none.waiting == none.layer == full.layer
+    masked = kept_of(replace(JOB, attention="masked"))
+    copies, mask = 2 * 2 * 2 * 4096 * (16 - 8) * 128, 2 * 2 * 4096 * 4096
+    assert masked.layer - none.layer == pytest.approx(copies + mask), (
+        "kv heads are copied, the mask becomes a bias"
+    )
     t8 = replace(JOB, tensor=8)
-    assert memory.kept_by_layer(replace(t8, sequence=True)).layer < memory.kept_by_layer(t8).layer
+    assert kept_of(replace(t8, sequence=True)).layer < kept_of(t8).layer
     halved = [memory_of(replace(JOB, context=c))[0].activations for c in (1, 2)]
     assert halved[1] < 0.7 * halved[0]
+
+
+def test_the_head_of_a_gpipe_keeps_gradients_of_all_microbatches() -> None:
+    last = [memory_of(replace(JOB, pipeline=4, schedule=s))[-1].activations for s in ("1f1b", "gpipe")]
+    table = 4 * MODEL.vocab_size * MODEL.width
+    assert last[1] - last[0] > 31 * table
+
+
+LAYOUTS: list[tuple[dict[str, Any], str]] = [
+    ({"zero": 0}, "bf16"),
+    ({"zero": 1}, "bf16"),
+    ({"zero": 2, "recompute": "full"}, "bf16"),
+    ({"zero": 3}, "bf16"),
+    ({"zero": 1}, "fp16"),
+    ({"zero": 0}, "fp32"),
+    ({"zero": 1, "tensor": 2}, "bf16"),
+    ({"zero": 1, "pipeline": 2, "schedule": "1f1b"}, "bf16"),
+    ({"zero": 1, "context": 2}, "bf16"),
+]
+
+
+@pytest.mark.parametrize(("layout", "precision"), LAYOUTS, ids=[f"{p} {lay}" for lay, p in LAYOUTS])
+def test_the_plan_is_what_the_real_code_holds(
+    layout: dict[str, Any], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of the code itself under fake tensors, with the chunks of logits that a GPU would take."""
+    monkeypatch.setattr(loss, "CHUNK_CPU", loss.CHUNK_GPU)
+    monkeypatch.setattr(vocabulary, "CHUNK_CPU", loss.CHUNK_GPU)
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            # LayerNorm: an RMS norm is another kernel on a GPU.
+            "model": {
+                "vocab_size": 4096,
+                "layers": 4,
+                "width": 512,
+                "heads": 8,
+                "max_length": 1024,
+                "norm": "layernorm",
+            }
+            | {"activation": "gelu", "position": "learned", "bias": True},
+            "data": {"path": "nowhere", "sequence_length": 1024, "document_mask": False},
+            "train": {"steps": 10, "global_batch": 16, "microbatch": 2, "precision": precision},
+            "layout": layout,
+        }
+    )
+    dry = dry_run(config, 4, like_gpu=False)
+    planned = memory_of(job_of(config, 4))
+    assert len(dry.stages) == len(planned) == layout.get("pipeline", 1)
+    for run, stage in zip(dry.stages, planned, strict=True):
+        assert stage.total - stage.unseen == pytest.approx(run.peak, rel=0.05), run.by_kind
 
 
 def test_the_interval_holds_the_point() -> None:

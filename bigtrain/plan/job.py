@@ -41,7 +41,8 @@ class Job:
     """Optimizer state in host memory."""
     recompute: Literal["none", "selective", "full"] = "none"
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
-    attention: Literal["flash", "unfused"] = "flash"
+    attention: Literal["flash", "masked", "unfused"] = "flash"
+    """masked: fused too, but told by a mask who sees whom, because documents are kept apart or a window is set."""
     compiled: bool = False
     overlap: bool = True
     """Gradients travel while the backward pass makes more."""
@@ -90,4 +91,5 @@ def job_of(config: Config, ranks: int) -> Job:
         offload=layout.offload == "optimizer",
         recompute=layout.recompute,
         precision=config.train.precision,
+        attention="masked" if config.data.document_mask or config.model.sliding_window else "flash",
     )

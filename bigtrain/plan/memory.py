@@ -1,9 +1,9 @@
 """Bytes of one rank of every pipeline stage, by kind, from the shapes alone.
 
-The letters are those of `bigtrain.plan.flops`; T is the tokens of a microbatch that one rank computes, t the tensor
-ranks. What a layer keeps for the backward pass is counted from the model's code (fused attention, the loss in chunks);
-the method is that of Korthikanti et al. 2022 (arXiv 2205.05198). Bytes a parameter by ZeRO level are those of
-Rajbhandari et al. 2020 (arXiv 1910.02054) with fp32 accumulation of gradients, which all of bigtrain's engines do.
+The letters are those of `bigtrain.plan.flops`; t is the tensor ranks. Bytes a parameter by ZeRO level are those of
+Rajbhandari et al. 2020 (arXiv 1910.02054) with fp32 accumulation of gradients, which all of bigtrain's engines do;
+activations are `bigtrain.plan.activations`'. A rank is fullest at one of a few moments: while the loss makes its
+gradients or scales them, in the backward pass of a layer, or when the gradient of the embedding is there.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bigtrain.config import ModelConfig
+from bigtrain.plan.activations import Kept, bytes_of, in_flight, kept_of, loss_of, tokens_of
 from bigtrain.plan.constants import COMMUNICATOR_BYTES, CONTEXT_BYTES, FRAGMENTATION, MEMORY_SPREAD
-from bigtrain.plan.flops import head_flops, layer_flops
+from bigtrain.plan.elsewhere import elsewhere
+from bigtrain.plan.flops import head_flops, layer_flops, parameters
 from bigtrain.plan.job import Job
+from bigtrain.plan.states import Held, Moment, Peak, state_of
 
-BUCKET_ELEMENTS = 100_000_000
-LIVE_ELEMENTS, PREFETCH_ELEMENTS = 1_000_000_000, 50_000_000
-"""What bigtrain.engine.zero tells DeepSpeed; a test holds them equal (that module needs torch)."""
-CHUNK_LOGITS, CHUNK_TOKENS = 1 << 26, 128
-"""Logits, and least tokens, of a chunk of the loss: bigtrain.model.loss, held equal by the same test."""
-REPLICA_BUCKET_BYTES = 25 << 20
+Chunks = tuple[tuple[int, bool, bool], ...]
+"""Of a stage: (layers, has the embedding, has the head) each."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,11 @@ def memory_of(job: Job, only: Collection[int] | None = None) -> list[StageMemory
     stages = layers_of_stages(
         job.model, job.pipeline, job.chunks, job.schedule, job.split, job.sequence_length
     )
-    return [_stage(job, i, chunks) for i, chunks in enumerate(stages) if only is None or i in only]
+    wanted = [(i, chunks) for i, chunks in enumerate(stages) if only is None or i in only]
+    if job.software != "bigtrain":
+        return [_told(job, elsewhere(job, i, held_by(job, chunks), len(chunks))) for i, chunks in wanted]
+    kept = kept_of(job)
+    return [_told(job, _stage(job, kept, i, chunks)) for i, chunks in wanted]
 
 
 class Shares(NamedTuple):
@@ -115,8 +118,8 @@ def layers_of_stages(
     schedule: str,
     split: tuple[int, ...] | None,
     sequence: int,
-) -> tuple[tuple[tuple[int, bool, bool], ...], ...]:
-    """For every stage its chunks as (layers, has the embedding, has the head)."""
+) -> tuple[Chunks, ...]:
+    """For every stage its chunks."""
     from bigtrain.parallel.split import balanced
 
     count = pipeline * chunks
@@ -130,126 +133,62 @@ def layers_of_stages(
     return tuple(tuple((sizes[c], c == 0, c == count - 1) for c in mine) for mine in held)
 
 
-def _stage(job: Job, stage: int, chunks: tuple[tuple[int, bool, bool], ...]) -> StageMemory:
+def held_by(job: Job, chunks: Chunks) -> Held:
+    """Parameters of a rank with these chunks."""
     m, t = job.model, job.tensor
     layer = layer_parameters(m, t)
     layers = sum(n for n, _, _ in chunks)
     first, last = any(e for _, e, _ in chunks), any(h for _, _, h in chunks)
-    ends = m.vocab_size * m.width / t * ((first or (last and m.tied)) + (last and not m.tied))
+    table = m.vocab_size * m.width / t
+    tables = table * ((first or (last and m.tied)) + (last and not m.tied))
     if first and m.position == "learned":
-        ends += m.max_length * m.width
-    held = layers * (layer.cut + layer.whole) + ends + last * _norm(m)
-    kept = kept_by_layer(job)
-    live = _in_flight(job, stage) * layers / len(chunks)  # layers whose activations wait for a backward pass
-    activations = live * kept.waiting + (kept.layer - kept.waiting if job.recompute == "full" else 0.0)
-    activations += last * _tokens(job) * m.width * job_bytes(job) * (2 if t > 1 else 1)
-    weights, gradients, optimizer, buffers = _state(job, held, layer.cut + layer.whole)
-    logits = _logits(job) if last else 0.0
-    tensors = weights + gradients + optimizer + activations + logits + buffers + kept.passing
+        tables += m.max_length * m.width
+    blocks = layers * (layer.cut + layer.whole)
+    return Held(blocks + tables + last * _norm(m), layer.cut + layer.whole, table, layers, first, last)
+
+
+def _stage(job: Job, kept: Kept, stage: int, chunks: Chunks) -> Peak:
+    held = held_by(job, chunks)
+    state = state_of(job, held)
+    whole, half = in_flight(job, stage)
+    layers = held.layers / len(chunks)  # of a chunk
+    chunk = layers * kept.waiting + kept.around
+    activations = whole * chunk + half * layers * kept.halved + held.last * kept.message
+    running = kept.layer - kept.waiting if job.recompute == "full" else 0.0
+    messages = 4 * kept.message if job.pipeline > 1 else 0.0  # one under way and one awaited, each way
+    before = state.late if job.microbatches > 1 else 0.0  # of the microbatch before
+    moments = [Moment(before, activations + running + kept.passing, 0.0, state.backward)]
+    if held.last:
+        loss = loss_of(job)
+        if job.schedule == "gpipe":  # the head's gradients of all other microbatches wait too
+            activations += (whole - 1) * loss.kept
+        moments += [
+            Moment(before, activations, loss.forward, state.head),
+            Moment(before + loss.gradient, activations, loss.backward, state.head),
+        ]
+    if state.late:  # in the last layer of a backward pass
+        one = kept.layer + kept.around + kept.passing
+        moments.append(Moment(state.late * (1 - 1 / (held.layers + 1)), one, 0.0, 0.0))
+    if held.first and job.pipeline > 1:
+        table = bytes_of(job) * held.table
+        added = 4 * held.table if job.precision == "bf16" and job.zero else 0.0  # its copy in fp32
+        moments.append(Moment(table, activations - chunk + kept.message, 0.0, added))
+    fullest = max(moments, key=sum)
+    return Peak(state, fullest._replace(buffers=fullest.buffers + messages))
+
+
+def _told(job: Job, peak: Peak) -> StageMemory:
+    state, moment = peak
+    seen = state.weights + state.gradients + state.optimizer + state.buffers + sum(moment)
     return StageMemory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-        logits=logits,
-        buffers=buffers + kept.passing,
-        unseen=CONTEXT_BYTES + COMMUNICATOR_BYTES * _groups(job) + FRAGMENTATION * tensors,
+        state.weights,
+        state.gradients + moment.gradients,
+        state.optimizer,
+        moment.activations,
+        moment.logits,
+        state.buffers + moment.buffers,
+        CONTEXT_BYTES + COMMUNICATOR_BYTES * _groups(job) + FRAGMENTATION * seen,
     )
-
-
-def job_bytes(job: Job) -> int:
-    """Bytes of a number that the model computes with."""
-    return 4 if job.precision == "fp32" else 2
-
-
-def _tokens(job: Job) -> float:
-    return job.microbatch * job.sequence_length / job.context
-
-
-class Kept(NamedTuple):
-    """Bytes of one block and one microbatch."""
-
-    layer: float
-    """Kept for the backward pass when it runs."""
-    waiting: float
-    """Of these, while other microbatches are computed: less with recompute."""
-    passing: float
-    """Short-lived on top, while one block runs."""
-
-
-def kept_by_layer(job: Job) -> Kept:
-    """What one block keeps. Elements: 2 norm inputs and 2 norm outputs (gathered, with tensor ranks), q, k, v and the
-    attention's output, and of the feed-forward gate, up, silu(gate) and their product (GELU: 2)."""
-    m, t, T, bytes_ = job.model, job.tensor, _tokens(job), job_bytes(job)
-    C, H, K, D, F = m.width, m.num_heads, m.num_kv_heads, m.dim_per_head, m.ffn
-    outside = T / t if job.sequence and t > 1 else T
-    kv = K / min(t, K)
-    context = (
-        job.context if job.context_by == "gather" else 1
-    )  # keys and values of all context ranks are kept
-    heads = D * (2 * H / t + 2 * kv * context) * (1.5 if m.qk_norm else 1.0)
-    wide = (4 if m.activation == "swiglu" else 2) * F / t
-    elements = 2 * outside * C + 2 * T * C + T * heads + T * wide
-    layer = bytes_ * elements + 4 * T * H / t
-    if job.attention == "unfused" and job.recompute != "selective":
-        layer += (
-            4 * H / t * T * job.sequence_length
-        )  # softmax, and dropout's mask and result where there is any
-    if job.recompute == "selective" and job.software != "bigtrain":
-        layer *= 0.5  # FSDP users' selective recompute keeps every other product
-    waiting = bytes_ * outside * C if job.recompute == "full" else layer
-    passing = bytes_ * T * (3 * F / t + 2 * C)
-    return Kept(layer, waiting, passing)
-
-
-def _in_flight(job: Job, stage: int) -> float:
-    """Chunks of one microbatch whose activations a rank of this stage holds at the most."""
-    p, v, n = job.pipeline, job.chunks, job.microbatches
-    if p == 1:
-        return 1.0
-    if job.schedule == "gpipe":
-        return float(n * v)
-    if job.schedule == "1f1b":
-        return float(min(n, p - stage))
-    if job.schedule == "zbv":
-        return float(min(2 * n, 2 * p))
-    return float(min(n * v, 2 * (p - stage - 1) + (v - 1) * p + 1))  # arXiv 2104.04473, section 2.2
-
-
-def _state(job: Job, held: float, layer: float) -> tuple[float, float, float, float]:
-    """Bytes of weights, gradients, optimizer state and buffers for `held` parameters of a rank."""
-    replicas = job.data * job.context
-    zero = min(job.zero, 1) if job.pipeline > 1 else job.zero
-    share = 1 / replicas if zero >= 1 else 1.0
-    mixed = job.precision != "fp32"
-    weights = (2.0 if mixed else 4.0) * held
-    optimizer = (12.0 if mixed or zero >= 1 else 8.0) * held * share
-    gradients = 4.0 * held * (share if zero >= 2 else 1.0)
-    if job.offload:
-        optimizer = 0.0
-    if job.software != "bigtrain":  # Megatron's buckets are its gradients; FSDP holds two layers whole
-        whole = 2 * layer * (2 + 4) if zero == 3 else 0.0
-        return weights * (share if zero == 3 else 1), gradients, optimizer, whole
-    if zero == 0:
-        return weights, gradients, optimizer, 2.0 * REPLICA_BUCKET_BYTES if replicas > 1 else 0.0
-    buffers = 2 * 4.0 * min(BUCKET_ELEMENTS, held / 8)
-    if zero == 3:
-        live = min(LIVE_ELEMENTS, max(held / 4, layer)) + min(PREFETCH_ELEMENTS, held / 8)
-        weights, buffers = weights * share, buffers + (2.0 if mixed else 4.0) * live
-    return weights, gradients, optimizer, buffers
-
-
-def _logits(job: Job) -> float:
-    """A chunk as 16-bit logits, fp32 logits and probabilities, and its 16-bit gradient; the gradients of the hidden
-    states and, in fp32, of the matrix, which the fused loss keeps from its forward pass."""
-    m, T, bytes_ = job.model, _tokens(job), job_bytes(job)
-    rows = m.vocab_size / job.tensor
-    if (
-        job.software != "bigtrain"
-    ):  # all of them at once: fp32, and their 16-bit gradient (measured: 6 to 8 bytes)
-        return 7 * T * rows
-    chunk = min(T, max(CHUNK_TOKENS, CHUNK_LOGITS // rows)) * rows
-    return chunk * (2 * bytes_ + 8) + T * m.width * bytes_ + rows * m.width * 4
 
 
 def _groups(job: Job) -> int:
@@ -259,15 +198,15 @@ def _groups(job: Job) -> int:
 
 
 def _lstm(job: Job) -> StageMemory:
-    """The lesson's model: four gates, the cell and the hidden state of every token and layer."""
-    from bigtrain.plan.flops import parameters
-
-    m, T = job.model, _tokens(job)
-    weights, gradients, optimizer, buffers = _state(
-        job, float(parameters(m)), parameters(m) / max(1, m.layers)
-    )
-    activations = T * m.width * m.layers * 7 * job_bytes(job)
-    logits = _logits(job)
-    tensors = weights + gradients + optimizer + activations + logits + buffers
-    unseen = CONTEXT_BYTES + COMMUNICATOR_BYTES * _groups(job) + FRAGMENTATION * tensors
-    return StageMemory(weights, gradients, optimizer, activations, logits, buffers, unseen)
+    """The lesson's model: four gates, the cell, the hidden state and the input of every token and layer."""
+    m, T = job.model, tokens_of(job)
+    P = float(parameters(m))
+    held = Held(P, P / m.layers, float(m.vocab_size * m.width), m.layers, True, True)
+    state, loss = state_of(job, held), loss_of(job)
+    late = state.late if job.microbatches > 1 else 0.0
+    activations = 7 * T * m.width * m.layers * bytes_of(job)
+    moments = [
+        Moment(late, activations, loss.forward, state.head),
+        Moment(late + loss.gradient, activations, loss.backward, state.head),
+    ]
+    return _told(job, Peak(state, max(moments, key=sum)))

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from bigtrain.config import ModelConfig
 from bigtrain.parallel.schedule import bubble_formula
+from bigtrain.plan.activations import bytes_of
 from bigtrain.plan.constants import CONSTANTS, Constants
 from bigtrain.plan.flops import flops_per_token, parameters, visible_keys
 from bigtrain.plan.hardware import Cluster
 from bigtrain.plan.job import Job
-from bigtrain.plan.memory import job_bytes, layer_parameters, layers_of_stages
+from bigtrain.plan.memory import layer_parameters, layers_of_stages
 
 PARTS = ("compute", "tensor", "context", "data", "pipeline", "bubble", "optimizer", "fixed")
 HOST_BYTES = 20e9
@@ -76,7 +77,9 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     k = constants or CONSTANTS
     n, p = job.microbatches, job.pipeline
     T = job.microbatch * job.sequence_length / job.context
-    work = work_of(job.model, T, job.sequence_length, job.tensor, job.sequence, job.attention)
+    work = work_of(
+        job.model, T, job.sequence_length, job.tensor, job.sequence, job.attention, _computed_keys(job)
+    )
     rates = _rates(job, cluster, k)
     computed, again = _layer(work, job, rates, k)
     tensor, context = _inside(work, job, cluster, k)
@@ -117,13 +120,22 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     )
 
 
+def _computed_keys(job: Job) -> float:
+    """Keys of a query that fused attention computes although a mask hides some; 0: those that are seen."""
+    if job.attention != "masked":
+        return 0.0
+    if job.context > 1 and job.context_by == "gather" and job.model.objective == "causal":
+        return job.sequence_length * (2 * job.context + 1) / (4 * job.context)  # none behind a rank's queries
+    return float(job.sequence_length)
+
+
 class Work(NamedTuple):
     """What one layer and one microbatch make a rank do: numbers of elements, and FLOPs of the forward pass."""
 
     products: tuple[tuple[float, float], ...]
     """(FLOPs, shortest side) of the matrix products."""
     scores: float
-    """FLOPs of fused attention, of what the mask leaves."""
+    """FLOPs of fused attention: of what a query sees, or where a mask says that, of all."""
     squares: float
     """Scores that attention without a fused kernel keeps; 0 with one."""
     square_flops: float
@@ -148,8 +160,11 @@ class Work(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1 << 15)
-def work_of(m: ModelConfig, T: float, S: int, t: int, sequence: bool, attention: str) -> Work:
-    """T tokens of sequences of S, on one of t tensor ranks."""
+def work_of(
+    m: ModelConfig, T: float, S: int, t: int, sequence: bool, attention: str, seen: float = 0.0
+) -> Work:
+    """T tokens of sequences of S, on one of t tensor ranks. seen: keys of a query that fused attention computes, where
+    that is not what the model lets it see."""
     C, V = m.width, m.vocab_size
     head, odd = (2 * T * C * V / t, min(T, C, V / t)), V % t == 0 and V // t % 8 != 0
     if m.kind == "lstm":
@@ -159,10 +174,10 @@ def work_of(m: ModelConfig, T: float, S: int, t: int, sequence: bool, attention:
     up = 2 if m.activation == "swiglu" else 1
     kv = 2 * max(K, t) / t * D  # more ranks than kv heads hold copies
     shapes = ((C, H * D / t + kv), (H * D / t, C), (C, up * F / t), (F / t, C))
-    flash = attention == "flash"
+    flash = attention != "unfused"
     return Work(
         products=tuple((2 * T * a * b, min(T, a, b)) for a, b in shapes),
-        scores=4 * T * visible_keys(m, S) / S * H * D / t if flash else 0.0,
+        scores=4 * T * (seen or visible_keys(m, S) / S) * H * D / t if flash else 0.0,
         squares=0.0 if flash else T * S * H / t,
         square_flops=0.0 if flash else 4 * T * S * H * D / t,
         residual=T * C / (t if sequence else 1),
@@ -212,7 +227,7 @@ def _product(work: tuple[float, float], rate: float, k: Constants) -> float:
 
 def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, float]:
     """(seconds of a layer forward and backward, share of the forward pass that is computed again)."""
-    bytes_ = job_bytes(job)
+    bytes_ = bytes_of(job)
     products = 0.0
     for one in work.products:
         products += _product(one, rates.products, k)
@@ -253,7 +268,7 @@ def _launches(work: Work, job: Job, k: Constants) -> float:
 def _inside(work: Work, job: Job, cluster: Cluster, k: Constants) -> tuple[float, float]:
     """Seconds a layer and microbatch of tensor and context communication, forward and backward."""
     tensor = context = 0.0
-    t, c, bytes_ = job.tensor, job.context, job_bytes(job)
+    t, c, bytes_ = job.tensor, job.context, bytes_of(job)
     if t > 1:  # two all-reduces each way, or as much in gathers; shared norms gather their inputs again
         count = 4 + 2 * (job.recompute == "full") + 0.5 * job.sequence
         sent = 2 * (t - 1) / t * work.message * bytes_ / _rate(cluster, k, t, 1)
@@ -298,7 +313,7 @@ def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[floa
     update = 28 * (held / replicas if zero else held) / (HOST_BYTES if job.offload else rate)
     if replicas == 1:
         return update, 0.0, 0.0
-    g, w = job.gradient_bytes, job_bytes(job)
+    g, w = job.gradient_bytes, bytes_of(job)
     sent, calls, room = {
         0: (2 * g, 2 * layers, 2 / 3),
         1: (g + w, 2 * layers, 1.0),
@@ -311,7 +326,7 @@ def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[floa
 
 def _messages(work: Work, job: Job, cluster: Cluster, k: Constants) -> float:
     """Hidden states between stages: on the way in and out of the pipeline, and one each way for every microbatch."""
-    size = work.message * job_bytes(job) / (job.tensor if job.sequence else 1)
+    size = work.message * bytes_of(job) / (job.tensor if job.sequence else 1)
     if job.tensor * job.context * job.data >= cluster.per_node:
         rate = cluster.network.gb_s * 1e9 * k.network / cluster.per_node
     else:

@@ -1,0 +1,144 @@
+"""What bigtrain's model and schedules keep for the backward pass, counted from their code; bytes unless said.
+
+T is the tokens of a microbatch that one rank computes, t the tensor ranks. The counts are those of Korthikanti et al.
+2022 (arXiv 2205.05198) made for this model: fused attention, projections that share their input, the loss in chunks.
+`bigtrain plan CONFIG --dry-run` compares them with the tensors of the executed code.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bigtrain.plan.job import Job
+
+CHUNK_LOGITS, CHUNK_TOKENS = 1 << 26, 128
+"""Logits, and least tokens, of a chunk of the loss: bigtrain.model.loss; a test holds them equal."""
+
+
+class Kept(NamedTuple):
+    """Of one block and one microbatch."""
+
+    layer: float
+    """Kept for the backward pass when it runs."""
+    waiting: float
+    """Of these, while other microbatches are computed: less with recompute."""
+    halved: float
+    """What a zero-bubble schedule still keeps between the two halves of the backward pass."""
+    passing: float
+    """Short-lived on top, at the fullest moment of the block's backward pass: that of its feed-forward."""
+    around: float
+    """Of the microbatch, once for all blocks of a chunk: rotary tables, the mask where it is used again."""
+    message: float
+    """Hidden states of the microbatch, as one stage sends them to the next."""
+
+
+def bytes_of(job: Job) -> int:
+    """Bytes of a number that the model computes with."""
+    return 4 if job.precision == "fp32" else 2
+
+
+def tokens_of(job: Job) -> float:
+    """T."""
+    return job.microbatch * job.sequence_length / job.context
+
+
+def kept_of(job: Job) -> Kept:
+    """What one block keeps."""
+    m, t, T, b = job.model, job.tensor, tokens_of(job), bytes_of(job)
+    C, D, F, H = m.width, m.dim_per_head, m.ffn / t, m.num_heads / t
+    K = m.num_kv_heads / min(t, m.num_kv_heads)
+    shared = T / t if job.sequence else T
+    residual = 2 * shared * C
+    entered = 2 * T * C  # the outputs of both norms, gathered from the tensor ranks
+    up, passed = (2, 2) if m.activation == "swiglu" else (1, 1)
+    wide = 2 * up * T * F
+    core, plain, mask = _attention(job, H, K)
+    heads = T * (H + K) * D if m.qk_norm else 0.0
+    sums = T * H * 4 + shared * 8  # of softmax and of both norms, fp32
+    layer = b * (residual + entered + wide + core + heads) + sums + b * mask
+    waiting = layer
+    if job.recompute == "full":
+        waiting = b * shared * C
+    elif job.recompute == "selective":
+        waiting = layer - b * (core + mask - plain) - T * H * 4
+    again = mask if job.recompute != "none" else 0.0  # one byte for each of the mask's elements
+    return Kept(
+        layer=layer,
+        waiting=waiting,
+        halved=min(waiting, b * (entered + residual + T * (2 * H + 2 * K) * D + (up + 1) * T * F)),
+        passing=b * (passed * T * F + T * C * (2 if t > 1 and job.sequence else 1)),
+        around=again + (4 * T * D if m.position == "rope" else 0.0),
+        message=b * shared * C,
+    )
+
+
+def _attention(job: Job, H: float, K: float) -> tuple[float, float, float]:
+    """Elements that fused attention keeps, those that it starts from, and those of the mask."""
+    m, T, c = job.model, tokens_of(job), job.context
+    D, S, B = m.dim_per_head, job.sequence_length, job.microbatch
+    plain = T * (2 * H + 2 * K) * D  # queries, keys, values and the output
+    gather = c > 1 and job.context_by == "gather"
+    causal = m.objective == "causal"
+    masked = job.attention == "masked"
+    copied = K > 1 and m.num_heads != m.num_kv_heads and (masked or (gather and causal))
+    squares = B * S * S if masked else 0.0
+    if (
+        gather
+    ):  # both halves of this rank's queries see the keys before them; all outputs are joined in a copy
+        seen = B * S * ((2 * c + 1) / (2 * c) if causal else 1.0)
+        values = 2 * seen * H * D if copied else 2 * B * S * K * D
+        return 3 * T * H * D + values, plain, squares * ((2 * c + 1) / (4 * c * c) if causal else 1 / c)
+    if c > 1:  # Ulysses: all three exchanged in one tensor, the output exchanged back
+        packed = T * (H + 2 * max(K, c)) * D
+        return packed + 2 * T * H * D + (2 * T * H * D if copied and c < K else 0.0), plain, squares
+    return 2 * T * H * D + 2 * T * (H if copied else K) * D, plain, squares
+
+
+class Loss(NamedTuple):
+    """What head and loss hold in their two fullest moments."""
+
+    forward: float
+    """A chunk's logits and the one's before it, and the gradients that are made in the forward pass."""
+    backward: float
+    """These gradients, and the same scaled."""
+    gradient: float
+    """The weight's gradient that the backward pass makes, in the weight's precision."""
+    kept: float
+    """The gradients made in the forward pass, which wait for the backward pass."""
+
+
+def loss_of(job: Job) -> Loss:
+    """Of one microbatch: bigtrain.model.loss, with tensor ranks bigtrain.parallel.vocabulary."""
+    m, T, b, t = job.model, tokens_of(job), bytes_of(job), job.tensor
+    rows = m.vocab_size / t
+    weight, hidden = rows * m.width, T * m.width * b
+    chunk = min(T, max(CHUNK_TOKENS, CHUNK_LOGITS // rows))
+    chunks = -(-T // chunk)
+    each = (
+        8 if chunks == 1 else 12 + b % 4
+    )  # fp32: logits, probabilities, and a chunk's before; 16 bits: the product
+    if t > 1:  # the next chunk's logits are there before this one is done
+        each = {1: 10, 2: 14}.get(int(chunks), 20)
+    forward = 4 * weight + chunk * rows * each + hidden * (2 if t > 1 and job.sequence else 1)
+    return Loss(forward, (8 if b == 2 else 4) * weight + 2 * hidden, b * weight, 4 * weight + hidden)
+
+
+def in_flight(job: Job, stage: int) -> tuple[float, float]:
+    """Chunks of microbatches whose activations a rank of this stage holds at the most: (whole, of half a backward
+    pass). The schedules are bigtrain.parallel.schedule's; a test counts their actions."""
+    p, v, n = job.pipeline, job.chunks, job.microbatches
+    if p == 1:
+        return 1.0, 0.0
+    if job.schedule == "gpipe":
+        return float(n * v), 0.0
+    if job.schedule == "1f1b":
+        return float(min(n, p - stage)), 0.0
+    if job.schedule == "zbv":
+        return float(min(2 * n, n + stage + 1, 2 * p)), 0.0
+    size = n // max(1, n // p)
+    size += n - size * max(1, n // p) > 0  # microbatches of the first round, the largest
+    if job.schedule == "interleaved-zb":
+        most = min(n * v, (v - 1) * size + p)
+        whole = min(n * v, (v - 1) * size + p - stage)
+        return float(whole), float(most - whole)
+    return float(min(n * v, 2 * (p - stage - 1) + (v - 1) * size + 1)), 0.0  # arXiv 2104.04473, section 2.2

@@ -1,0 +1,83 @@
+"""What an engine holds for the parameters of a rank, and the moments at which a rank is fullest. All in bytes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bigtrain.plan.activations import bytes_of
+from bigtrain.plan.job import Job
+
+BUCKET_ELEMENTS = 100_000_000
+LIVE_ELEMENTS, PREFETCH_ELEMENTS = 1_000_000_000, 50_000_000
+"""What bigtrain.engine.zero tells DeepSpeed; a test holds them equal (that module needs torch)."""
+REPLICA_BUCKET_BYTES = 25 << 20
+"""bigtrain.engine.replica's; the same test."""
+
+
+class Held(NamedTuple):
+    """Parameters of a rank, in numbers."""
+
+    parameters: float
+    layer: float
+    """Of one block."""
+    table: float
+    """Of the embedding, or of the head."""
+    layers: int
+    first: bool
+    """Whether it has the embedding."""
+    last: bool
+    """Whether it has the head."""
+
+
+class State(NamedTuple):
+    """What stays, and what comes and goes with parameters."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    """Always."""
+    backward: float
+    """Besides, in the backward pass of a layer."""
+    head: float
+    """Besides, while head and loss run."""
+    late: float
+    """16-bit gradients of all parameters, where an engine keeps them until a backward pass is done."""
+
+
+class Moment(NamedTuple):
+    """What is held at one of the fullest moments, besides what stays."""
+
+    gradients: float
+    activations: float
+    logits: float
+    buffers: float
+
+
+class Peak(NamedTuple):
+    """The fullest moment of a rank."""
+
+    state: State
+    moment: Moment
+
+
+def state_of(job: Job, held: Held) -> State:
+    """By precision, ZeRO level and pipeline: bigtrain.engine's classes, and DeepSpeed as they set it up."""
+    P, replicas, b = held.parameters, job.data * job.context, bytes_of(job)
+    zero = min(job.zero, 1) if job.pipeline > 1 else job.zero
+    share = 1 / replicas if zero else 1.0
+    optimizer = 0.0 if job.offload else (12.0 if b == 2 or zero else 8.0) * P * share
+    bucket = min(BUCKET_ELEMENTS, P / 8)
+    if zero == 0:
+        sent = 4 * held.layer / 3 + REPLICA_BUCKET_BYTES if replicas > 1 else 0.0
+        return State(b * P, 4 * P, optimizer, 0.0, sent, 0.0, 0.0)
+    if zero == 1 and job.precision in ("bf16", "fp8"):
+        late = b * P if job.pipeline == 1 else 0.0  # in a pipeline each is added up and dropped at once
+        return State(b * P, 4 * P, optimizer, 0.0, 0.0, 0.0, late)
+    if zero == 1:
+        return State(b * P, 4 * P, optimizer, 4 * bucket, 0.0, 0.0, 0.0)
+    if zero == 2:
+        own = max(4 * P * share, 4 * held.table if b == 4 else 0.0)
+        return State(b * P, own, optimizer, 0.0, b * bucket, 0.0, 0.0)
+    live = min(LIVE_ELEMENTS, max(P / 4, held.layer)) + min(PREFETCH_ELEMENTS, P / 8)
+    return State(b * P * share, 4 * P * share, optimizer, 4 * bucket, b * live, b * held.table, 0.0)
