@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 import tomllib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -40,7 +41,7 @@ _KEYS = 5
 GRACE = 1.0
 """Seconds from the first difference to the verdict, so that other ranks' differences are in it too."""
 _LINGER = 3.0
-"""Seconds that rank 0 stays at most, when its end is the store's, for the others to hear a bad verdict."""
+"""Seconds that rank 0 stays at most for the others to hear a bad verdict."""
 
 
 def roll_call(place: Place, facts: Mapping[str, str], timeout: timedelta) -> Store:
@@ -78,7 +79,7 @@ def _meet(
     if verdict["kind"]:
         kind = UserError if verdict["kind"] == "UserError" else RunError
         raise kind(verdict["what"], where=verdict["where"], do=verdict["do"])
-    return store
+    return here.store
 
 
 _GOOD = {"kind": "", "what": "", "where": "", "do": ""}
@@ -93,7 +94,14 @@ _ALIKE = {
 
 
 class Roll:
-    """One rank's part in a roll call."""
+    """One rank's part in a roll call.
+
+    The store of torchrun's agent outlives the ranks and remembers the attempts before, so each attempt has keys of
+    its own, under a name that rank 0 draws. TORCHELASTIC_RESTART_COUNT cannot be that name: of two agents, only the
+    one whose rank died counts the restart (`_remaining_restarts` in torch's elastic agent). And a rank must not take
+    the name that it finds for the one of today: rank 0 renews it while it calls the roll, and the others wait for
+    that.
+    """
 
     def __init__(
         self,
@@ -105,23 +113,49 @@ class Roll:
     ) -> None:
         """`seconds`: how long a rank is waited for."""
         self.rank, self.world = place.rank, place.world
-        self.facts, self.seconds, self.store = facts, seconds, store
+        self.facts, self.seconds, self.agents = facts, seconds, PrefixStore("bigtrain", store)
         self.trouble = _verdict(trouble, place.rank) if trouble else None
         # All ranks together ask about 20,000 times a second at most.
         self.pause = min(1.0, max(0.1, place.world / 20_000))
+        self.renewed = 0
+        self.attempt = uuid.uuid4().hex  # of rank 0
+
+    def renew(self) -> None:
+        """Rank 0: say that this attempt is alive."""
+        self.renewed += 1
+        self.agents.set("now", f"{self.attempt} {self.renewed}")
+
+    def join(self) -> bool:
+        """Any other rank: learn the name of the attempt from a rank 0 that lives; False after `seconds`."""
+
+        def now() -> str:
+            return self.agents.get("now").decode() if self.agents.check(["now"]) else ""
+
+        before = now()
+        if not self.until(lambda: now() != before, self.seconds):
+            return False
+        self.store = PrefixStore(now().split()[0], self.agents)
+        return True
 
     def call(self) -> dict[str, str]:
         """Rank 0: publish, count, judge. The verdict."""
+        self.store = PrefixStore(self.attempt, self.agents)
         self.store.set("roll/facts", json.dumps(dict(self.facts)))
         verdict = self.trouble or self.judge()
         self.store.set("roll/verdict", json.dumps(verdict))
-        if verdict["kind"] and not agent_hosts():
-            self.until(lambda: self.store.add("roll/read", 0) >= self.world - 1, _LINGER)
+        if verdict["kind"]:
+            self.until(self.all_heard, _LINGER)
         return verdict
 
     def all_came(self) -> bool:
         """Whether all others have answered."""
+        self.renew()
         return int(self.store.add("roll/came", 0)) >= self.world - 1
+
+    def all_heard(self) -> bool:
+        """Whether all others have read the verdict."""
+        self.renew()
+        return int(self.store.add("roll/read", 0)) >= self.world - 1
 
     def judge(self) -> dict[str, str]:
         """Wait for the others, and compare what they answered."""
@@ -171,7 +205,7 @@ class Roll:
 
     def answer(self) -> dict[str, str]:
         """Any other rank: compare, report, hear the verdict. Raises RunError when rank 0 is not there."""
-        if not self.until(lambda: self.store.check(["roll/facts"]), self.seconds):
+        if not self.join():
             raise RunError(
                 f"rank 0 of {self.world} did not come within {self.seconds:g} s", where=_address(), do=_LOOK
             )
@@ -301,8 +335,7 @@ def _connect(place: Place, timeout: timedelta) -> Store:
     except RuntimeError as e:
         raise _refusal(e, hosts) from e
     store.set_timeout(timeout)
-    # Each restart by torchrun has keys of its own: the agent's store remembers the attempt before.
-    return PrefixStore(f"bigtrain/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
 
 
 def _refusal(error: RuntimeError, hosts: bool) -> RunError:

@@ -87,12 +87,18 @@ def test_all_come(store_host: Any) -> None:
     assert all(s.get("from 2") == b"x" for s in stores.values())  # type: ignore[union-attr]
 
 
-def test_an_attempt_does_not_see_the_one_before(store_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = meet({0: FACTS, 1: FACTS | {"torch": "1"}}, 2, 20)
-    the_error(first, UserError)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    second = meet({0: FACTS, 1: FACTS}, 2, 20)
-    assert all(isinstance(s, dist.Store) for s in second.values())
+@pytest.mark.parametrize("late", [0, 1])
+def test_an_attempt_does_not_see_the_one_before(late: int, store_host: Any) -> None:
+    """Also when a rank comes late: the store of torchrun's agent still holds the verdict of the attempt before."""
+    the_error(meet({0: FACTS, 1: FACTS | {"torch": "1"}}, 2, 20), UserError)
+    with ThreadPoolExecutor(2) as pool:
+        early = pool.submit(meet, {1 - late: FACTS}, 2, 20)
+        time.sleep(1)
+        assert not early.done()
+        outcomes = meet({late: FACTS}, 2, 20) | early.result()
+    assert all(isinstance(s, dist.Store) for s in outcomes.values())
+    outcomes[0].set("for", "both")  # type: ignore[union-attr]
+    assert outcomes[1].get("for") == b"both"  # type: ignore[union-attr]
 
 
 def test_missing_ranks_are_named_on_every_rank_that_came(store_host: Any) -> None:
@@ -150,7 +156,7 @@ def test_rank_0_ends_while_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> No
         "import time, datetime, torch.distributed as d\n"
         "s = d.TCPStore('127.0.0.1', 0, None, True, datetime.timedelta(seconds=30), wait_for_workers=False)\n"
         "print(s.port, flush=True)\n"
-        "s.get('bigtrain/attempt_0/here')"
+        "s.get('bigtrain/no such key')"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
