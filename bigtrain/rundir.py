@@ -12,13 +12,15 @@ RUN/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -32,7 +34,7 @@ from bigtrain.checkpoint.location import folder_of, make_ready, remote
 from bigtrain.checkpoint.store import list_checkpoints
 from bigtrain.config import Config
 from bigtrain.configfile import load, render
-from bigtrain.errors import UserError
+from bigtrain.errors import RunError, UserError
 from bigtrain.mesh import Mesh
 from bigtrain.metrics import cut_back
 from bigtrain.place import Place
@@ -85,11 +87,12 @@ class RunDir:
 
         def take() -> tuple[int, list[str]]:
             folders.append(folder_of(path, config))
-            return _take(path, config, fresh, data, facts, locks) if mesh.first else (0, [])
+            with _writing(path):
+                return _take(path, config, fresh, data, facts, locks) if mesh.first else (0, [])
 
         attempt, notes = together(mesh, take)[0]
         run = RunDir(path, mesh, attempt, notes, folders[0], _locks=locks)
-        run._start_log()
+        together(mesh, run._start_log)
         return run
 
     @property
@@ -137,8 +140,9 @@ class RunDir:
     def _start_log(self) -> None:
         """Send this rank's logging (bigtrain's from INFO on, torch's, DeepSpeed's) and warnings to its own file."""
         file = self.logs / f"rank_{self.mesh.rank}.log"
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self._log = logging.FileHandler(file)
+        with _writing(file):
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self._log = _RankLog(file)
         self._log.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(self._log)
         logging.captureWarnings(True)
@@ -148,6 +152,39 @@ class RunDir:
         rank = f"rank {self.mesh.rank} of {self.mesh.world}"
         who = f"process {os.getpid()} on {socket.gethostname()}, {self.mesh.device}"
         ours.info("attempt %d, %s: %s", self.attempt, rank, who)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """RunError that names the file when the file system does not take what is written."""
+    try:
+        yield
+    except OSError as e:
+        raise RunError(
+            f"cannot be written: {e.strerror}",
+            where=str(e.filename or path),
+            do="free some space or mend the file system, then run the same command again: it resumes from the "
+            "newest checkpoint",
+        ) from e
+
+
+class _RankLog(logging.FileHandler):
+    """A rank's log file. A full disk costs it lines, not the run: one warning, where logging prints stacks."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """See logging.Handler: a line could not be written."""
+        if not self._told:
+            print(f"{self.baseFilename}: lines are lost: {sys.exc_info()[1]}", file=sys.stderr)
+        self._told = True
+
+    def close(self) -> None:
+        """See logging.Handler."""
+        with contextlib.suppress(OSError):  # what is still buffered is lost, and was told
+            super().close()
 
 
 class _Redacting(logging.Formatter):
@@ -264,10 +301,9 @@ def _locked(path: Path, given_by: str = "--run-dir", what: str = "run directory"
             "%s: this file system has no locks; take care that only one process trains here", path
         )
     lock.truncate(0)
-    lock.write(
-        f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
-    )
-    lock.flush()
+    who = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+        os.write(lock.fileno(), who.encode())
     return lock
 
 

@@ -3,7 +3,9 @@ run."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import math
 import os
 import queue
@@ -19,7 +21,10 @@ from bigtrain.config import LogConfig
 from bigtrain.errors import UserError
 from bigtrain.metrics import Record, to_json
 
+_LOGGER = logging.getLogger(__name__)
 _SYNC_SECONDS = 30.0
+_MOST_WAITING = 64 << 20
+"""Bytes, of about 150,000 steps."""
 
 
 class Sink(Protocol):
@@ -77,7 +82,7 @@ def check_sinks(config: LogConfig) -> None:
 
 def open_sinks(config: LogConfig, run: Path, name: str, *, step: int, warn: Callable[[str], None]) -> Sinks:
     """The sinks that [log] asks for, going on after `step`. See `check_sinks`."""
-    sinks: list[Sink] = [JsonlSink(run / "metrics.jsonl")]
+    sinks: list[Sink] = [JsonlSink(run / "metrics.jsonl", warn)]
     if config.tensorboard:
         sinks.append(TensorBoardSink(run / "tensorboard", step))
     if config.wandb:
@@ -89,28 +94,47 @@ def open_sinks(config: LogConfig, run: Path, name: str, *, step: int, warn: Call
 
 
 class JsonlSink:
-    """One JSON line a record. Each is handed to the system at once, so a killed process loses none."""
+    """One JSON line a record. Each is handed to the system at once, so a killed process loses none.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    Lines that a full disk does not take wait in memory, and are written when there is room again.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None] = _LOGGER.warning) -> None:
+        self._path, self._warn = path, warn
+        self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()
         self._synced = time.monotonic()
 
     def write(self, record: Record) -> None:
         """Append a line; every 30 s wait until it is on the disk."""
-        self._file.write(to_json(record))
-        self._file.flush()
+        before = len(self._waiting)
+        self._waiting += to_json(record).encode()
+        try:
+            self._drain()
+        except OSError as e:
+            if not before:
+                self._warn(f"{self._path}: {e.strerror}; its lines wait in memory")
+            if len(self._waiting) > _MOST_WAITING:
+                raise
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Wait until everything is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Wait until everything that the disk takes is on it."""
+        with contextlib.suppress(OSError):
+            self._drain()
+            os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
+    def _drain(self) -> None:
+        """A full disk may take a part of a line: the rest of it comes next."""
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
+
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close. Raises OSError when lines are lost."""
         self.flush()
+        self._drain()
         self._file.close()
 
 

@@ -187,11 +187,34 @@ def test_a_failing_sink_is_left_out_with_one_warning(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_does_not_stop_the_metrics_of_others() -> None:
     said: list[str] = []
-    sinks = Sinks([JsonlSink(Path("/dev/full"))], said.append)
+    sinks = Sinks([JsonlSink(Path("/dev/full"), said.append)], said.append)
     for record in steps(3):
         sinks.write(record)
     assert len(said) == 1
     assert "No space left" in said[0]
+    assert "wait in memory" in said[0]
+    sinks.close()
+    assert "failed" in said[1], "lines that were never written are not passed over"
+
+
+def test_lines_that_a_full_disk_does_not_take_come_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    program = (
+        "import resource, signal; from pathlib import Path\n"
+        "from tests.test_metrics import JsonlSink, steps\n"
+        f"sink = JsonlSink(Path({str(path)!r}))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "every = steps(50)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"  # tears a line
+        "for r in every[:49]: sink.write(r)\n"
+        "sink.flush()\n"
+        f"assert Path({str(path)!r}).stat().st_size == 1000\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "sink.write(every[49])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in read_records(path)] == list(range(1, 51))
 
 
 def events(folder: Path) -> Iterator[tuple[str, int, float]]:

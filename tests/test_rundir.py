@@ -199,6 +199,26 @@ def two_ranks(folder: str) -> None:
     mesh.close()
 
 
+def test_a_full_disk_is_named_and_keeps_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunDir.open(path, config(), data="hash1").close()
+    kept = ("config.toml", "provenance.json")
+    before = [(path / name).read_bytes() for name in kept]
+    program = (
+        "import resource, signal; from pathlib import Path\n"
+        "from tests.test_rundir import RunDir, config\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        f"RunDir.open(Path({str(path)!r}), config(), data='hash1')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert f"RunError: {path}: cannot be written: File too large" in done.stderr, done.stderr
+    assert "free some space" in done.stderr
+    assert [(path / name).read_bytes() for name in kept] == before
+
+
 def test_two_runs_cannot_share_a_folder_of_checkpoints(tmp_path: Path) -> None:
     shared = config(f"checkpoint.folder={tmp_path / 'kept'}")
     first = RunDir.open(tmp_path / "a", shared)
