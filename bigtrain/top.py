@@ -323,7 +323,7 @@ def _facts(run: Watched, width: int, now: float) -> list[Text]:
     if history.skipped:
         last_skip = f", the last at step {history.skips[-1]:,}" if history.skips else ""
         lines.append(
-            _line((f"{history.skipped:,} steps skipped: loss or gradient not finite{last_skip}", "yellow"))
+            _line((f"{history.skipped:,} steps skipped (not finite, or a spike){last_skip}", "yellow"))
         )
     if history.unreadable:
         lines.append(_line((f"{history.unreadable:,} lines of metrics.jsonl cannot be read", "yellow")))

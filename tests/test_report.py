@@ -18,9 +18,11 @@ import pytest
 
 from bigtrain.cli import main
 from bigtrain.errors import UserError
-from bigtrain.metrics import to_json
+from bigtrain.metrics import EventRecord, to_json
 from bigtrain.report import report
-from tests.watching_parts import evaluation, make_run, record, rename, write_log
+from bigtrain.reporting.watched import Watched
+from bigtrain.top import screen
+from tests.watching_parts import START, evaluation, make_run, record, rename, write_log
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -97,13 +99,40 @@ def test_a_page_tells_everything_about_a_run(resumed: Path, tmp_path: Path) -> N
         "demo done", "steps 60 of 60", "final training loss 2.0500", "best held-out loss 2.1500 (step 60)",
         "bits per byte 0.7167", "tokens/s, median 32", "MFU, median 40.0%", "memory, rank 0 3.00 GiB",
         "time in steps 2m00s", "skipped steps 1", "attempts 2", "preempted after step 30: SIGUSR1",
-        "attempt 2 goes on after step 20 with 1 rank", "1 steps skipped, loss or gradient not finite: 7",
+        "attempt 2 goes on after step 20 with 1 rank", "1 steps skipped (not finite, or a spike): 7",
         "the disk is slow (on 2 ranks)", "ranks 1", "ZeRO level 1", "precision fp32", "torch", "train.seed 1",
         "Every step is drawn.", "resumed", "step skipped",
     ):  # fmt: skip
         assert text in page.text, text
     assert page.tags.count("svg") == 6
     assert "NaN" not in page.scripts[0]
+
+
+def test_a_page_tells_of_spikes_rollbacks_and_stragglers(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", last=60, skip=[7, 9])
+    happened = {
+        7: ("spike", "step 7: spike, loss 9.0000 (+12.0z); the update is skipped (samples 48 to 55)"),
+        9: (
+            "not finite",
+            "step 9: the loss or gradient was not finite; the update is skipped (samples 64 to 71)",
+        ),
+        20: ("rollback", "step 22: spike; samples 160 to 175 are left out from now on"),
+        40: ("straggler", "rank 1 on node7 is slow: 1.31 x the median step"),
+    }
+    with (path / "metrics.jsonl").open("a") as f:
+        for step, (name, text) in happened.items():
+            f.write(to_json(EventRecord(step, name, text, {}, START + 3600 + step)))
+        f.write('{"kind": "event", "step": 50, "name": "spike", "time": null}\n')  # no text: left out
+    write_log(path, 1, 0, f"2026-11-25 01:55:02,000 INFO bigtrain: {happened[7][1]}")
+    page, _ = made(path, out=tmp_path / "out")
+    for _, text in happened.values():
+        assert page.text.count(text) == 1, text
+    assert "step 7 skipped: a spike" in page.scripts[0]
+    assert "step 9 skipped: not finite" in page.scripts[0]
+    run = Watched(path)
+    run.look()
+    screen_text = "\n".join(line.plain for line in screen(run, 120, 40, now=START + 7200))
+    assert "rank 1 on node7 is slow" in screen_text
 
 
 def test_a_page_loads_nothing_and_runs_nothing_but_its_script(resumed: Path, tmp_path: Path) -> None:

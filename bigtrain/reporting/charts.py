@@ -156,7 +156,7 @@ def _frame(panel: Panel, lines: Sequence[Line]) -> tuple[float, float, bool]:
 
 
 def _marks(run: Watched, by: By, i: int) -> list[Mark]:
-    """Where attempts went on, and the last steps that were skipped (at most 200)."""
+    """Where attempts went on, the last steps that were skipped (at most 200), and rollbacks."""
     history = run.history
     found = [
         Mark(_place(run, first - 1, by), "resume", f"attempt {attempt} goes on after step {first - 1:,}", i)
@@ -164,7 +164,15 @@ def _marks(run: Watched, by: By, i: int) -> list[Mark]:
         if attempt > 1
     ]
     skips = list(history.skips)[-200:]
-    found += [Mark(_place(run, step, by), "skip", f"step {step:,} skipped: not finite", i) for step in skips]
+    spikes = {h.step for h in history.happenings if h.name == "spike"}
+    for step in skips:
+        why = "a spike" if step in spikes else "not finite"
+        found.append(Mark(_place(run, step, by), "skip", f"step {step:,} skipped: {why}", i))
+    found += [
+        Mark(_place(run, h.step, by), "skip", f"rolled back: {h.text}", i)
+        for h in history.happenings
+        if h.name == "rollback"
+    ]
     return found
 
 

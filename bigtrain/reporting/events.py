@@ -1,4 +1,4 @@
-"""What happened to a run, in order of time: attempts, ends, checkpoints, evaluations, warnings."""
+"""What happened to a run, in order of time: attempts, ends, checkpoints, evaluations, spikes, stragglers, warnings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from bigtrain.reporting.logs import LOUD
 from bigtrain.reporting.watched import Watched
 
 Tone = Literal["plain", "good", "warn", "bad"]
+Kind = Literal["attempt", "end", "checkpoint", "evaluation", "skip", "spike", "rollback", "straggler", "log"]
 _TONES: dict[str, Tone] = {"done": "good", "preempted": "warn", "failed": "bad"}
+_KINDS: dict[str, Kind] = {
+    "not finite": "skip",
+    "spike": "spike",
+    "rollback": "rollback",
+    "straggler": "straggler",
+}
+"""What the events of metrics.jsonl are (bigtrain.recorder)."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class Event:
 
     time: float
     """Seconds since 1970."""
-    kind: Literal["attempt", "end", "checkpoint", "evaluation", "skip", "log"]
+    kind: Kind
     text: str
     tone: Tone = "plain"
     step: int | None = None
@@ -40,6 +48,8 @@ def events_of(run: Watched) -> list[Event]:
             loss = "not finite" if e.loss is None else f"{e.loss:.4f}"
             bits = "" if e.bits_per_byte is None else f" ({e.bits_per_byte:.4f} bits per byte)"
             found.append(Event(e.time, "evaluation", f"held-out loss {loss}{bits}", step=e.step))
+    for h in run.history.happenings:
+        found.append(Event(h.time, _KINDS.get(h.name, "log"), h.text, "warn", h.step))
     return sorted(found, key=lambda event: event.time)
 
 
@@ -108,4 +118,6 @@ def _told_otherwise(text: str, run: Watched) -> bool:
     ]
     if run.checkpoints:
         told.append("saved ")
+    if any(text == happening.text for happening in run.history.happenings):
+        return True
     return text.startswith(tuple(told)) or "  held out  loss " in text

@@ -1,4 +1,4 @@
-"""What metrics.jsonl tells, read as it grows: curves, evaluations, skipped steps, where attempts took over."""
+"""What metrics.jsonl tells, read as it grows: curves, evaluations, skipped steps, events, where attempts took over."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ class Evaluation(NamedTuple):
     time: float | None
 
 
+class Happening(NamedTuple):
+    """What a run wrote down besides its numbers: a spike, a rollback, a straggler."""
+
+    step: int
+    name: str
+    text: str
+    time: float
+
+
 class History:
     """A metrics file so far; `read` takes in what is new. Memory does not grow with the steps."""
 
@@ -55,6 +64,8 @@ class History:
         self.skipped = 0
         self.skips: deque[int] = deque(maxlen=1000)
         """The last steps that were skipped."""
+        self.happenings: deque[Happening] = deque(maxlen=1000)
+        """The last of them. Those of steps that came again happened all the same."""
         self.began: dict[int, int] = {}
         """Attempt (from 1) -> its first step, of those whose steps still count."""
         self.unreadable = 0
@@ -103,6 +114,8 @@ class History:
                 elif kind == "eval":
                     for record in group:
                         self._take_evaluation(record)
+                elif kind == "event":
+                    self.happenings.extend(found for r in group if (found := _happening(r)))
         return changed
 
     def _take_steps(self, records: list[dict[str, Any]], starts: Sequence[float]) -> None:
@@ -147,6 +160,14 @@ class History:
         self.skipped -= len(self.skips) - len(kept)
         self.skips = deque(kept, maxlen=self.skips.maxlen)
         self.began = {attempt: first for attempt, first in self.began.items() if first <= step}
+
+
+def _happening(record: dict[str, Any]) -> Happening | None:
+    """An event's record; None when it lacks its text or its time."""
+    name, text, time = record.get("name"), record.get("text"), _number(record.get("time"))
+    if not isinstance(name, str) or not isinstance(text, str) or math.isnan(time):
+        return None
+    return Happening(record["step"], name, text, time)
 
 
 def _parsed(lines: list[bytes]) -> list[Any]:

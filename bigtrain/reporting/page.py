@@ -198,7 +198,7 @@ def _events(run: Watched) -> str:
     if history.skipped:
         listed = ", ".join(f"{step:,}" for step in list(history.skips)[-50:])
         more = "the last of them: " if history.skipped > 50 else ""
-        text = f"{history.skipped:,} steps skipped, loss or gradient not finite: {more}{listed}"
+        text = f"{history.skipped:,} steps skipped (not finite, or a spike): {more}{listed}"
         found.append(Event(run.newest() or 0.0, "skip", text, "warn"))
     if not found:
         return ""
