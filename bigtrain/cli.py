@@ -59,6 +59,8 @@ inputs: .txt .md, source files, .jsonl .parquet (one document a row), each also 
 searched recursively; quote globs ("corpus/**/*.jsonl.gz"). Any language in UTF-8.
 The result is one folder: tokenizer.model, train-*.bin/.idx, validation-*.bin/.idx, dataset.json.
 The shards are in Megatron's format. Everything that was skipped is counted and reported.
+They are the same for any number of workers; interrupted, the same command goes on with what is not done.
+On several machines: mpirun -n 64 bigtrain prepare ... (mpi4py; every rank must see the inputs and --out).
 
 examples:
   bigtrain prepare books/ --out data/books --vocab-size 16000
@@ -80,6 +82,13 @@ examples:
     )
     p.add_argument("--seed", type=int, default=1, help="decides the order of the documents")
     p.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --out")
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+    p.add_argument(
+        "--unit-mb",
+        type=float,
+        default=0.0,
+        help="input that a worker takes at a time (default: by the size)",
+    )
     p.set_defaults(run_verb=_prepare)
 
 

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 from bigtrain.data.prepare import PrepareOptions, PrepareSummary, Progress, prepare
+from bigtrain.errors import BigtrainError
+from bigtrain.place import discover
 
 _STAGES = {"tokenizer": "sampling text", "training": "training tokenizer", "encode": "writing shards"}
 
@@ -53,7 +55,9 @@ class ProgressLine:
 
 
 def prepare_and_report(options: PrepareOptions) -> PrepareSummary:
-    """Prepare with progress on standard error and a summary on standard output."""
+    """Prepare with progress on standard error and a summary on standard output, of rank 0 alone."""
+    if discover().rank > 0:
+        return prepare(options)
     line = ProgressLine()
     try:
         summary = prepare(options, line)
@@ -87,7 +91,16 @@ def describe(summary: PrepareSummary) -> str:
 
 
 def prepare_command(args: argparse.Namespace) -> int:
-    """Run the verb."""
+    """Run the verb. Under mpirun rank 0 speaks for all, also of errors."""
+    try:
+        return _prepare(args)
+    except BigtrainError as e:
+        if discover().rank == 0:
+            raise
+        return e.exit_code
+
+
+def _prepare(args: argparse.Namespace) -> int:
     prepare_and_report(
         PrepareOptions(
             inputs=tuple(args.inputs),
@@ -104,6 +117,8 @@ def prepare_command(args: argparse.Namespace) -> int:
             exclude=tuple(args.exclude),
             seed=args.seed,
             overwrite=args.overwrite,
+            workers=args.workers,
+            unit_mb=args.unit_mb,
         )
     )
     return 0

@@ -156,7 +156,7 @@ def test_killed_in_the_middle_it_starts_over_and_leaves_no_stale_shard(raw: Path
         "    def add(self, *a, **k):\n"
         "        super().add(*a, **k)\n"
         "        if self.tokens > 9000 and self._writer: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "import bigtrain.data.prepare as module\n"
+        "import bigtrain.data.unit_work as module\n"
         "module.ShardSet = Dying\n"
         "raw, out, tokenizer = sys.argv[1:]\n"
         "prepare(PrepareOptions((raw,), Path(out), tokenizer=Path(tokenizer), shard_tokens=2000))\n"

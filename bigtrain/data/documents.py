@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 from bigtrain.data.sources import Source
 from bigtrain.data.tokenizer import replace_surrogates
+from bigtrain.data.units import Piece, whole
 from bigtrain.data.unpack import open_packed, optional
 from bigtrain.errors import UserError
 
 BadUtf8 = Literal["replace", "skip", "fail"]
 _EXAMPLES = 10
+_COUNTERS = ("empty", "bad_lines", "bad_utf8", "surrogates", "binary")
 _EARLY = 1000
 """After this many unusable lines over the limit a file is given up without reading the rest."""
 
@@ -28,6 +30,7 @@ class Document:
 
     text: str
     source: str
+    """The file, file:line, or file@byte inside a part of a large file."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,19 @@ class Report:
 
     def skipped(self) -> dict[str, int]:
         """Counters of what was left out or repaired, without those that are 0."""
-        names = ("empty", "bad_lines", "bad_utf8", "surrogates", "binary")
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
+        return {name: getattr(self, name) for name in _COUNTERS if getattr(self, name)}
+
+    def add(self, other: Report) -> None:
+        """Count in what another worker read, after this."""
+        for name in ("documents", "text_bytes", *_COUNTERS, "position"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.examples = [*self.examples, *other.examples][:_EXAMPLES]
 
 
-def read_documents(sources: Iterable[Source], options: ReadOptions, report: Report) -> Iterator[Document]:
-    """The documents of all sources in their order; `report` is filled on the way.
+def read_documents(
+    sources: Iterable[Source | Piece], options: ReadOptions, report: Report
+) -> Iterator[Document]:
+    """The documents of files, or parts of files, in their order; `report` is filled on the way.
 
     No document is empty and all can be written as UTF-8.
     UserError: unreadable or damaged file, invalid UTF-8 under bad_utf8 = "fail", too many bad lines, no such
@@ -85,8 +95,9 @@ def read_documents(sources: Iterable[Source], options: ReadOptions, report: Repo
     """
     readers = {"text": _text, "jsonl": _json_lines, "parquet": _parquet}
     behind = 0
-    for source in sources:
-        for text, where in readers[source.kind](source, options, report, behind):
+    for given in sources:
+        piece = given if isinstance(given, Piece) else whole(given)
+        for text, where in readers[piece.source.kind](piece, options, report, behind):
             clean, surrogates = replace_surrogates(text)
             if surrogates and len(report.examples) < _EXAMPLES:
                 report.examples.append(f"{where}: lone surrogate")
@@ -97,11 +108,12 @@ def read_documents(sources: Iterable[Source], options: ReadOptions, report: Repo
             report.documents += 1
             report.text_bytes += len(clean) if clean.isascii() else len(clean.encode())
             yield Document(clean, where)
-        behind += source.size
+        behind += piece.size
         report.position = behind
 
 
-def _text(source: Source, options: ReadOptions, report: Report, _: int) -> Iterator[tuple[str, str]]:
+def _text(piece: Piece, options: ReadOptions, report: Report, _: int) -> Iterator[tuple[str, str]]:
+    source = piece.source
     where = str(source.path)
     with open_packed(source.path, source.packed) as (stream, _raw):
         data = stream.read(8192)
@@ -130,21 +142,21 @@ def _decode(
 
 
 class _Share:
-    """Unusable lines of one file, and the limit on their share."""
+    """Unusable lines of one file, or of one part of a large file, and the limit on their share."""
 
     def __init__(self, source: Source, options: ReadOptions, report: Report) -> None:
         self._file, self._limit, self._report = str(source.path), options.max_bad, report
         self._bad = 0
         self._first: list[str] = []
 
-    def bad(self, line: int, why: str) -> None:
-        """Count line `line` (from 1); UserError if by now there are hopelessly many."""
-        self._report.note("bad_lines", f"{self._file}:{line}: {why}")
+    def bad(self, where: str, why: str, lines: int) -> None:
+        """Count the line at `where`, one of the `lines` so far; UserError if by now there are hopelessly many."""
+        self._report.note("bad_lines", f"{where}: {why}")
         self._bad += 1
         if len(self._first) < 3:
-            self._first.append(f"line {line}: {why}")
+            self._first.append(f"{where.removeprefix(self._file).replace(':', 'line ').lstrip('@')}: {why}")
         if self._bad >= _EARLY:
-            self.check(line)
+            self.check(lines)
 
     def check(self, lines: int) -> None:
         """UserError if more than the limit of the `lines` read so far are bad."""
@@ -157,24 +169,30 @@ class _Share:
             )
 
 
-def _json_lines(
-    source: Source, options: ReadOptions, report: Report, behind: int
-) -> Iterator[tuple[str, str]]:
+def _json_lines(piece: Piece, options: ReadOptions, report: Report, behind: int) -> Iterator[tuple[str, str]]:
+    source = piece.source
     file = str(source.path)
     share = _Share(source, options, report)
     lines = offset = 0
     with open_packed(source.path, source.packed) as (stream, raw):
+        start, end = piece.part or (0, None)
+        if start:  # behind the line that the part before began
+            raw.seek(start - 1)
+            offset = start - 1 + len(stream.readline())
         for number, line in enumerate(stream, 1):
-            report.position = behind + raw.tell()
+            if end is not None and offset >= end:
+                break
+            report.position = behind + raw.tell() - start
+            where = f"{file}@{offset}" if start else f"{file}:{number}"
             if line.strip():
                 lines += 1
-                decoded = _decode(line, f"{file}:{number}", file, offset, options, report)
+                decoded = _decode(line, where, file, offset, options, report)
                 if decoded is not None:
                     text = _json_text(decoded.removeprefix("\ufeff").strip(), options.text_key)
                     if isinstance(text, str):
-                        yield text, f"{file}:{number}"
+                        yield text, where
                     else:
-                        share.bad(number, text.why)
+                        share.bad(where, text.why, lines)
             offset += len(line)
     share.check(lines)
 
@@ -200,31 +218,36 @@ def _json_text(line: str, key: str) -> str | _Unusable:
     return text if isinstance(text, str) else _Unusable(f"{key!r} is {type(text).__name__}, not a string")
 
 
-def _parquet(source: Source, options: ReadOptions, report: Report, behind: int) -> Iterator[tuple[str, str]]:
+def _parquet(piece: Piece, options: ReadOptions, report: Report, behind: int) -> Iterator[tuple[str, str]]:
+    source = piece.source
     arrow = optional("pyarrow", "parquet", source.path)
     parquet = optional("pyarrow.parquet", "parquet", source.path)
     file = str(source.path)
     share = _Share(source, options, report)
-    row = 0
+    row = first = 0
     try:
         with parquet.ParquetFile(source.path) as table:
             _check_column(table.schema_arrow, options.text_key, file, arrow)
-            rows = max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(batch_size=1024, columns=[options.text_key]):
+            start, end = piece.part or (0, table.num_row_groups)
+            counts = [table.metadata.row_group(i).num_rows for i in range(end)]
+            row = first = sum(counts[:start])
+            rows = max(1, sum(counts[start:]))
+            groups = list(range(start, end))
+            for batch in table.iter_batches(1024, groups, columns=[options.text_key]):
                 for data in _as_bytes(batch.column(0), arrow):
                     row += 1
                     if data is None:
-                        share.bad(row, f"no text in column {options.text_key!r}")
+                        share.bad(f"{file}:{row}", f"no text in column {options.text_key!r}", row - first)
                         continue
                     text = _decode(data, f"{file}:{row}", f"{file}:{row}", 0, options, report)
                     if text is not None:
                         yield text, f"{file}:{row}"
-                report.position = behind + source.size * row // rows
+                report.position = behind + piece.size * (row - first) // rows
     except (arrow.ArrowException, OSError) as error:
         raise UserError(
             f"cannot be read as parquet ({error})", where=file, do="fetch the file again, or leave it out"
         ) from error
-    share.check(row)
+    share.check(row - first)
 
 
 def _check_column(schema: Any, key: str, file: str, arrow: Any) -> None:

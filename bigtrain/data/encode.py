@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,19 @@ _BATCH = 2**20
 
 
 def encoded(
-    documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer
+    documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, threads: int = -1
 ) -> Iterator[tuple[Split, Document, Tokens]]:
-    """Each document with its ids, int32, framed by BOS (if the tokenizer has one) and EOS."""
+    """Each document with its ids, int32, framed by BOS (if the tokenizer has one) and EOS.
+
+    `threads`: of the encoder, -1 for one a core; the ids do not depend on it.
+    """
     begin = np.array([tokenizer.bos_id] if tokenizer.bos_id >= 0 else [], np.int32)
     end = np.array([tokenizer.eos_id], np.int32)
     batch: list[tuple[Split, Document]] = []
     size = 0
 
     def flush() -> Iterator[tuple[Split, Document, Tokens]]:
-        ids = tokenizer.encode_batch([document.text for _, document in batch])
+        ids = tokenizer.encode_batch([document.text for _, document in batch], threads=threads)
         for (split, document), body in zip(batch, ids, strict=True):
             yield split, document, np.concatenate([begin, body, end])
         batch.clear()
@@ -43,17 +46,19 @@ def encoded(
 class ShardSet:
     """The shards of one split, begun when needed and closed when full."""
 
-    def __init__(self, folder: Path, split: Split, tokenizer: Tokenizer, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, name: Callable[[int], str], tokenizer: Tokenizer, shard_tokens: int
+    ) -> None:
+        """`name` of the n-th shard."""
         self.tokens = 0
-        self._folder, self._split, self._tokenizer, self._limit = folder, split, tokenizer, shard_tokens
+        self._folder, self._name, self._tokenizer, self._limit = folder, name, tokenizer, shard_tokens
         self._done: list[ShardInfo] = []
         self._writer: ShardWriter | None = None
 
     def add(self, tokens: Tokens, *, text_bytes: int, source: str) -> None:
         """Store one document, whole in one shard."""
         if self._writer is None:
-            name = f"{self._split}-{len(self._done):05d}"
-            self._writer = ShardWriter(self._folder / name, self._tokenizer)
+            self._writer = ShardWriter(self._folder / self._name(len(self._done)), self._tokenizer)
         self._writer.add(tokens, text_bytes=text_bytes, source=source)
         self.tokens += len(tokens)
         if self._writer.tokens >= self._limit:

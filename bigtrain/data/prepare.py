@@ -1,7 +1,7 @@
 """Raw text in, a corpus folder out: tokenizer.model, shards for train and validation, dataset.json last.
 
-A folder without dataset.json is an unfinished one: preparing again starts it over. The work is a pipeline of
-iterators from `Source` to shard; several workers can each run it on their own sources.
+The inputs are cut into units (units.py), each of which becomes shards of its own (unit_work.py), whoever does it
+(crew.py). A folder without dataset.json is an unfinished one: preparing again goes on with what is not done.
 """
 
 from __future__ import annotations
@@ -9,26 +9,36 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.data.corpus import Corpus
-from bigtrain.data.documents import BadUtf8, Document, ReadOptions, Report, read_documents
-from bigtrain.data.encode import ShardSet, encoded
+from bigtrain.data.crew import crew
+from bigtrain.data.documents import BadUtf8, ReadOptions, Report, read_documents
 from bigtrain.data.files import disk_errors, write_whole
 from bigtrain.data.manifest import NAME, SPLITS, TOKENIZER, read_manifest, totals, write_manifest
 from bigtrain.data.sampling import sample_texts
 from bigtrain.data.shards import ShardInfo
-from bigtrain.data.sources import LOOKED_FOR, Source, find_sources
-from bigtrain.data.splitting import shuffled, split_documents
+from bigtrain.data.sources import LOOKED_FOR, Found, Source, find_sources
 from bigtrain.data.tokenizer import Tokenizer
+from bigtrain.data.unit_work import FOLDER, Work, digest, done_before, record_of
+from bigtrain.data.units import Piece, Unit, spread, unit_bytes, units_of
 from bigtrain.data.vocabulary import Kind, train_tokenizer
-from bigtrain.errors import UserError
+from bigtrain.errors import RunError, UserError
 
-_SHARD_FILE = re.compile(r"(train|validation)-\d{5}\.(bin|idx|json)(\.tmp)?|dataset\.json\.tmp")
+_SHARD_FILE = re.compile(r"(train|validation)-\d{5}(-\d+)?\.(bin|idx|json)(\.tmp)?|dataset\.json\.tmp")
+_TOKENIZER_OF = "tokenizer.request"
+"""What the tokenizer here was trained for, until the corpus is finished."""
+_SAMPLED_FROM = 16
+"""Times the tokenizer's sample: so much is read to draw it from, of a corpus that has more."""
+
+
+_NOT_ASKED = ("out", "overwrite", "inputs", "tokenizer", "workers")
+"""Options that do not decide the result, or do by what they name."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,12 @@ class PrepareOptions:
     seed: int = 1
     """Decides the tokenizer's sample and the order of the documents."""
     shuffle_mb: float = 64.0
-    """Buffer of the document shuffle in 1e6 characters; 0 keeps the order of the inputs."""
+    """Buffer of the document shuffle, inside a unit, in 1e6 characters; 0 keeps the order of the inputs."""
+    unit_mb: float = 0.0
+    """Bytes of input, in 1e6, that one worker takes at a time and that become shards of their own; 0: as many as
+    suit the size of the corpus (units.unit_bytes)."""
+    workers: int = 0
+    """Processes on this machine; 0: one a core. The result does not depend on it. Under mpirun its ranks work."""
     overwrite: bool = False
     """Replace a finished corpus in `out`."""
 
@@ -97,32 +112,81 @@ class PrepareSummary:
 def prepare(
     options: PrepareOptions, on_progress: Callable[[Progress], None] = lambda _: None
 ) -> PrepareSummary:
-    """Prepare a corpus; returns when dataset.json is on the disk.
+    """Prepare a corpus; returns when dataset.json is on the disk. Under mpirun all ranks call it together.
 
     UserError: bad options or input (see sources, documents, vocabulary), or `out` holds another corpus.
-    RunError: the disk is full; nothing half-written looks finished, and the same command starts over.
+    RunError: the disk is full, or a worker was killed; nothing half-written looks finished, and the same command
+    goes on with the units that are not done.
     """
     began = time.monotonic()
     _check(options)
     found = find_sources(options.inputs, options.exclude)
+    units = units_of(found.sources, int(options.unit_mb * 1e6) or unit_bytes(found.sources))
     request = _request(options, found.sources)
-    if (done := _existing(options, request)) is not None:
+    workers = crew(options.workers, len(units))
+    if (done := workers.share(lambda: _existing(options, request))) is not None:
         return done
-    _clear(options.out)
-    tokenizer = _tokenizer(options, found.sources, on_progress)
+    work = workers.share(lambda: _begin(options, units, request, on_progress))
+    total = sum(unit.size for unit in units)
+    workers.do(work, units, lambda *now: on_progress(Progress("encode", min(now[0], total), total, *now[1:])))
+    summary = workers.share(lambda: _finish(options, work, found, request))
+    return replace(summary, seconds=time.monotonic() - began)
+
+
+def _begin(
+    options: PrepareOptions,
+    units: Sequence[Unit],
+    request: dict[str, Any],
+    on_progress: Callable[[Progress], None],
+) -> Work:
+    """Everything that comes before the units: the folder, what is left of an earlier attempt, the tokenizer."""
+    with disk_errors(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / NAME).unlink(missing_ok=True)
+    tokenizer = _tokenizer(options, units, request, on_progress)
+    work = Work(
+        out=options.out,
+        request=digest(request, tokenizer),
+        units=len(units),
+        read=ReadOptions(options.text_key, options.bad_utf8, options.max_bad),
+        validation_fraction=options.validation_fraction,
+        shard_tokens=options.shard_tokens,
+        shuffle_mb=options.shuffle_mb,
+        seed=options.seed,
+    )
+    _clear(work)
+    return work
+
+
+def _finish(options: PrepareOptions, work: Work, found: Found, request: dict[str, Any]) -> PrepareSummary:
+    """The manifest, from the records of all units; they are removed. UserError if there is no document at all."""
     report = Report()
-    shards = _encode(options, found.sources, tokenizer, report, on_progress)
+    shards: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
+    for number in range(work.units):
+        done = done_before(work, number)
+        if done is None:
+            raise RunError(
+                f"unit {number} is not there although a worker finished it",
+                where=str(record_of(work, number)),
+                do="all ranks must see the same folder; run the same command again",
+            )
+        report.add(done.report)
+        for split, infos in done.shards.items():
+            shards[split] += infos
+    _check_not_empty(report, options)
     summary = PrepareSummary(
         out=options.out,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=Tokenizer.load(options.out).vocab_size,
         splits={split: totals(infos) for split, infos in shards.items()},
         skipped=report.skipped(),
         ignored=dict(found.ignored),
         examples=report.examples,
     )
     facts = {"skipped": summary.skipped, "ignored": summary.ignored, "examples": summary.examples}
-    write_manifest(options.out, tokenizer, shards, request=request, summary=facts)
-    return replace(summary, seconds=time.monotonic() - began)
+    write_manifest(options.out, Tokenizer.load(options.out), shards, request=request, summary=facts)
+    shutil.rmtree(options.out / FOLDER, ignore_errors=True)
+    (options.out / _TOKENIZER_OF).unlink(missing_ok=True)
+    return summary
 
 
 def _check(options: PrepareOptions) -> None:
@@ -133,15 +197,15 @@ def _check(options: PrepareOptions) -> None:
         )
     if options.shard_tokens < 1 or options.tokenizer_sample_mb <= 0 or options.shuffle_mb < 0:
         raise UserError("shard_tokens and tokenizer_sample_mb must be positive, shuffle_mb not negative")
+    if options.workers < 0 or options.unit_mb < 0:
+        raise UserError("workers and unit_mb must not be negative", do="leave them out: 0 chooses")
     if options.out.exists() and not options.out.is_dir():
         raise UserError("the output is a file", where=str(options.out), do="name a folder with --out")
 
 
 def _request(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
     """What decides the result, as JSON: the options and the input files with their sizes and times."""
-    values = {
-        k: v for k, v in asdict(options).items() if k not in ("out", "overwrite", "inputs", "tokenizer")
-    }
+    values = {k: v for k, v in asdict(options).items() if k not in _NOT_ASKED}
     files = [(str(s.path), s.size, s.path.stat().st_mtime_ns) for s in sources]
     values["inputs"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     values["input_files"] = len(files)
@@ -173,39 +237,38 @@ def _existing(options: PrepareOptions, request: dict[str, Any]) -> PrepareSummar
     )
 
 
-def _clear(out: Path) -> None:
-    """Make the folder; remove an unfinished or unwanted corpus, its manifest first."""
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / NAME).unlink(missing_ok=True)
-        for file in out.iterdir():
-            if _SHARD_FILE.fullmatch(file.name):
+def _clear(work: Work) -> None:
+    """Remove what an earlier attempt, or another corpus, left and no finished unit of this request owns."""
+    kept = {
+        f"{info.name}{suffix}"
+        for number in range(work.units)
+        if (done := done_before(work, number)) is not None
+        for infos in done.shards.values()
+        for info in infos
+        for suffix in (".bin", ".idx", ".json")
+    }
+    with disk_errors(work.out):
+        for file in work.out.iterdir():
+            if _SHARD_FILE.fullmatch(file.name) and file.name not in kept:
                 file.unlink()
-
-
-def _read(
-    options: PrepareOptions,
-    sources: list[Source],
-    report: Report,
-    tell: Callable[[Report], None],
-) -> Iterator[Document]:
-    """The documents, with a word to `tell` every fifth of a second."""
-    read = ReadOptions(options.text_key, options.bad_utf8, options.max_bad)
-    last = 0.0
-    for document in read_documents(sources, read, report):
-        now = time.monotonic()
-        if now - last > 0.2:
-            last = now
-            tell(report)
-        yield document
-    tell(report)
+        for record in (work.out / FOLDER).glob("*"):
+            digits = record.stem
+            if not digits.isdigit() or done_before(work, int(digits)) is None or int(digits) >= work.units:
+                record.unlink()
 
 
 def _tokenizer(
-    options: PrepareOptions, sources: list[Source], on_progress: Callable[[Progress], None]
+    options: PrepareOptions,
+    units: Sequence[Unit],
+    request: dict[str, Any],
+    on_progress: Callable[[Progress], None],
 ) -> Tokenizer:
-    """The tokenizer of this corpus, in its place. UserError if a given one has no end-of-sentence piece."""
-    out = options.out / TOKENIZER
+    """The tokenizer of this corpus, in its place. UserError if a given one has no end-of-sentence piece.
+
+    One that was trained by an earlier attempt at the same request is kept. Of a large corpus only evenly spaced
+    units are read for the sample.
+    """
+    out, trained_for = options.out / TOKENIZER, options.out / _TOKENIZER_OF
     if options.tokenizer is not None:
         given = Tokenizer.load(options.tokenizer)
         if given.eos_id < 0:
@@ -216,23 +279,45 @@ def _tokenizer(
             )
         write_whole(out, given.model)
         return Tokenizer.load(out)
-    total = sum(source.size for source in sources)
-
-    def tell(report: Report, stage: str = "tokenizer") -> None:
-        on_progress(Progress(stage, report.position, total, report.documents, 0))
-
+    asked = json.dumps(request, sort_keys=True)
+    if out.exists() and trained_for.exists() and trained_for.read_text() == asked:
+        return Tokenizer.load(out)
+    trained_for.unlink(missing_ok=True)
+    chosen = spread(units, int(_SAMPLED_FROM * options.tokenizer_sample_mb * 1e6))
+    total = sum(unit.size for unit in chosen)
     report = Report()
-    texts = (document.text for document in _read(options, sources, report, tell))
+    texts = _texts(options, [piece for unit in chosen for piece in unit.pieces], total, report, on_progress)
     sample = sample_texts(texts, int(options.tokenizer_sample_mb * 1e6), options.seed)
     _check_not_empty(report, options)
-    tell(report, "training")
-    return train_tokenizer(
+    on_progress(Progress("training", total, total, report.documents, 0))
+    tokenizer = train_tokenizer(
         sample,
         out,
         kind=options.tokenizer_kind,
         vocab_size=options.vocab_size,
         byte_fallback=options.byte_fallback,
     )
+    write_whole(trained_for, asked.encode())
+    return tokenizer
+
+
+def _texts(
+    options: PrepareOptions,
+    pieces: Sequence[Piece],
+    total: int,
+    report: Report,
+    on_progress: Callable[[Progress], None],
+) -> Iterator[str]:
+    """The texts to sample from, with a word on progress every fifth of a second."""
+    last = 0.0
+    for document in read_documents(
+        pieces, ReadOptions(options.text_key, options.bad_utf8, options.max_bad), report
+    ):
+        now = time.monotonic()
+        if now - last > 0.2:
+            last = now
+            on_progress(Progress("tokenizer", report.position, total, report.documents, 0))
+        yield document.text
 
 
 def _check_not_empty(report: Report, options: PrepareOptions) -> None:
@@ -243,36 +328,3 @@ def _check_not_empty(report: Report, options: PrepareOptions) -> None:
             where=", ".join(options.inputs),
             do="name files that hold text; for JSON lines and parquet check --text-key",
         )
-
-
-def _encode(
-    options: PrepareOptions,
-    sources: list[Source],
-    tokenizer: Tokenizer,
-    report: Report,
-    on_progress: Callable[[Progress], None],
-) -> dict[str, list[ShardInfo]]:
-    """Write all shards of both splits. UserError if there is no document at all."""
-    total = sum(source.size for source in sources)
-    sets = {split: ShardSet(options.out, split, tokenizer, options.shard_tokens) for split in SPLITS}
-
-    def tell(report: Report) -> None:
-        tokens = sum(each.tokens for each in sets.values())
-        on_progress(Progress("encode", report.position, total, report.documents, tokens))
-
-    try:
-        documents = _read(options, sources, report, tell)
-        if options.shuffle_mb:
-            documents = shuffled(documents, int(options.shuffle_mb * 1e6), options.seed)
-        for split, document, tokens in encoded(
-            split_documents(documents, options.validation_fraction), tokenizer
-        ):
-            size = len(document.text) if document.text.isascii() else len(document.text.encode())
-            sets[split].add(tokens, text_bytes=size, source=document.source)
-        _check_not_empty(report, options)
-        shards = {str(split): each.finish() for split, each in sets.items()}
-    finally:
-        for each in sets.values():
-            each.abort()
-    tell(report)
-    return shards
