@@ -16,7 +16,7 @@ import pytest
 
 from tests.runs import slurm_cluster
 from tests.runs.conftest import Tiny, losses_of
-from tests.runs.worlds import ROOT
+from tests.runs.worlds import ROOT, rank_pid
 
 pytestmark = [pytest.mark.runs, pytest.mark.timeout(1500)]
 
@@ -49,20 +49,6 @@ def until(what: str, condition: Callable[[], bool], seconds: float = 300) -> Non
     while not condition():
         assert time.monotonic() < ends, f"{what} did not come within {seconds:g} s"
         time.sleep(0.2)
-
-
-def rank_pid(run: Path, variable: str, rank: int) -> int:
-    """The process of a rank that trains into `run`, by the variable that its launcher sets."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                env = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if str(run).encode() in words and b"train" in words and f"{variable}={rank}".encode() in env:
-                return int(entry.name)
-    raise AssertionError(f"no process has {variable}={rank} and trains into {run}")
 
 
 def start(command: list[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:

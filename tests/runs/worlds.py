@@ -130,3 +130,17 @@ def describe(arguments: Sequence[str], finished: Sequence[Finished], timeout: fl
         fate = "was stopped" if f.code is None else f"ended with {f.code}"
         lines.append(f"--- rank {f.rank} {fate}\n{f.stdout[-3000:]}\n{f.stderr[-6000:]}")
     return "\n".join(lines)
+
+
+def rank_pid(run: Path, variable: str, rank: int) -> int:
+    """The process of a rank that trains into `run`, by the variable of its launcher. LookupError if none does."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                env = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(run).encode() in words and b"train" in words and f"{variable}={rank}".encode() in env:
+                return int(entry.name)
+    raise LookupError(f"no process has {variable}={rank} and trains into {run}")
