@@ -1,12 +1,17 @@
-"""A real S3 server on this machine, for the tests that ask for it."""
+"""Triton's interpreter where there is no GPU; a real S3 server on this machine, for the tests that ask for it."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, and torch does not import it
 
 SERVER = """
 import sys
