@@ -1,4 +1,4 @@
-"""Two "hosts" on one machine: namespaces with a name, an address and a network of their own, and a cable to cut.
+"""Two "hosts" on one machine: namespaces with a name, an address, a network and processes of their own, and a cable.
 
 The cable is a pair of virtual interfaces. Cutting it drops every packet in both directions and tells nobody, as a
 pulled switch port or a firewall does: no interface goes down, no connection is reset.
@@ -45,7 +45,7 @@ class Hosts:
             "exec",
             self.spaces[host],
             "unshare",
-            "--uts",
+            *("--uts", "--pid", "--fork", "--kill-child", "--mount-proc"),
             "sh",
             "-c",
             named,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -39,9 +40,11 @@ def test_a_cut_link(tiny: Tiny, tmp_path: Path) -> None:
             hosts.mend()
         said = [(tmp_path / f"host{host}.log").read_text() for host in (0, 1)]
         world.until("the end of the run", lambda: world.state() == "done", 600)
-    for host, text in enumerate(said):
-        assert "bigtrain train: run failed" in text, text[-3000:]
-        assert f"rank {1 - host}" in text.split("bigtrain train: run failed")[1], text[-3000:]
+    for text in said:
+        assert "run failed" in text, text[-3000:]
+        assert re.search(r"rank \d on host\d (does not answer|is cut off)", text.split("run failed")[1]), (
+            text[-3000:]
+        )
     assert losses_of(run) == losses_of(whole)
 
 
