@@ -23,15 +23,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def blocks(dim: int, part: str) -> tuple[int, int, int, int]:
     """(rows, keys, warps, pipeline stages) of a kernel for heads of `dim`: fixed, so no step waits for a tuner.
 
-    From offline compilation for sm_90 (registers, shared memory, no spills: tests/kernels/test_compile.py).
+    From offline compilation for sm_90 (registers, shared memory, no spills: tests/kernels/test_compile_gate.py).
     """
     if INTERPRETED:
         return 32, 32, 4, 1
     if part == "forward":
-        return {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}.get(dim, (64, 32, 4, 2))
+        return {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (64, 64, 4, 2)}.get(dim, (64, 32, 8, 2))
     if part == "queries":
-        return {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (64, 64, 4, 2)}.get(dim, (64, 32, 8, 1))
-    return {32: (64, 128, 4, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2)}.get(dim, (32, 32, 4, 1))
+        return {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (64, 64, 4, 2)}.get(dim, (32, 32, 8, 1))
+    return {32: (64, 64, 4, 2), 64: (64, 128, 8, 2), 128: (32, 64, 8, 2)}.get(dim, (32, 32, 8, 1))
 
 
 @torch.library.custom_op("bigtrain::attention", mutates_args=())

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter where there is no GPU: tests/conftest.py sets TRITON_INTERPRET before any import."""
+"""Kernels run in Triton's interpreter where there is no GPU: tests/conftest.py sets TRITON_INTERPRET first."""
 
 from __future__ import annotations
 
