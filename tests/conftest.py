@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, and torch does not import it
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # Triton reads it when it is imported, and torch does not import it
 
 SERVER = """
 import sys
