@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
-from bigtrain_kernels import attention  # noqa: F401 - defines the ops
+from bigtrain_kernels import attention as _  # noqa: F401  registers the operators
 
 from tests.kernels.compile_gate import Case
 
-
-def both(dim: int, dtype: torch.dtype, left: int = -1, right: int = 0, softcap: float = 0.0) -> None:
-    """Forward and backward of grouped-query attention over packed documents."""
-    q = torch.zeros(256, 8, dim, dtype=dtype)
-    k = torch.zeros(256, 2, dim, dtype=dtype)
-    ends = torch.tensor([0, 100, 256], dtype=torch.int32)
-    numbers = (256, 256, 0.1, left, right, softcap)
-    out, lse = torch.ops.bigtrain.attention(q, k, k, ends, ends, *numbers, None)
-    torch.ops.bigtrain.attention_backward(out, lse, q, k, k, out, lse, ends, ends, *numbers)
+PRODUCTS = "HGMMA"
 
 
-NEEDS = {"forward": "HGMMA", "backward_queries": "HGMMA", "backward_keys": "HGMMA"}
+def launches(
+    D: int,
+    *,
+    packed: bool = True,
+    window: tuple[int, int] = (-1, 0),
+    softcap: float = 0.0,
+    sinks: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    G: int = 4,
+) -> Callable[[], None]:
+    """The forward and the backward pass, with the arguments of a training step."""
+
+    def run() -> None:
+        q = torch.zeros(1 if packed else 2, 256, 2 * G, D, dtype=dtype)
+        k = torch.zeros(q.shape[0], 256, 2, D, dtype=dtype)
+        cu = torch.tensor([0, 100, 256], dtype=torch.int32) if packed else None
+        sink = torch.zeros(2 * G) if sinks else None
+        out, lse = torch.ops.bigtrain.attention(q, k, k, cu, cu, sink, D**-0.5, *window, softcap)
+        torch.ops.bigtrain.attention_backward(q, lse, q, k, k, out, lse, cu, cu, D**-0.5, *window, softcap)
+
+    return run
+
+
+def case(D: int, quick: bool = False, **options: object) -> Case:
+    words = " ".join(f"{name}={value}" for name, value in options.items())
+    needs = {
+        "attention_forward": PRODUCTS,
+        "attention_delta": "LDG.E.128",
+        "attention_backward_queries": PRODUCTS,
+        "attention_backward_keys": PRODUCTS,
+    }
+    return Case(f"D{D} {words}".strip(), launches(D, **options), needs, quick)  # type: ignore[arg-type]
+
+
 CASES = [
-    Case("causal 128 bf16", lambda: both(128, torch.bfloat16), NEEDS),
-    Case("causal 64 bf16", lambda: both(64, torch.bfloat16), NEEDS, quick=False),
-    Case("causal 32 fp16", lambda: both(32, torch.float16), NEEDS, quick=False),
-    Case("full 96 bf16", lambda: both(96, torch.bfloat16, right=-1), NEEDS, quick=False),
-    Case("window 128 bf16", lambda: both(128, torch.bfloat16, left=1000), NEEDS, quick=False),
-    Case("softcap 128 bf16", lambda: both(128, torch.bfloat16, softcap=30.0), NEEDS, quick=False),
-    Case("causal 256 bf16", lambda: both(256, torch.bfloat16), {}, quick=False),
+    case(128, quick=True),
+    case(64, quick=True),
+    *(
+        case(D, packed=packed, window=window)
+        for D, packed, window in itertools.product(
+            (32, 64, 128, 256), (True, False), ((-1, -1), (-1, 0), (1024, 0))
+        )
+    ),
+    *(case(D, window=(128, 0), softcap=30.0, sinks=True) for D in (32, 64, 128, 256)),
+    *(case(D, dtype=torch.float16, G=1, packed=False) for D in (64, 128, 256)),
+    *(case(D) for D in (80, 96, 192)),
 ]
