@@ -64,3 +64,20 @@ def cross_entropy(
     eps = label_smoothing
     loss = (1 - eps) * (lse - picked) + eps * (lse - logits.mean(-1)) + z_loss * lse.square()
     return loss.where(counted, 0.0)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) x weight over the last dimension."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) x up."""
+    return gate * torch.sigmoid(gate) * up
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Each pair (i, i + D/2) of x (T, H, D) turned by its angle; cos and sin (T, D/2)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

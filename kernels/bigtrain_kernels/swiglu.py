@@ -1,0 +1,96 @@
+"""silu(gate) x up, forward and backward, each as one pass over memory (Shazeer 2020, arXiv:2002.05202).
+
+The backward pass computes the sigmoid again: nothing but gate and up, which the matrix products before it need anyway,
+is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from bigtrain_kernels.checks import INTERPRETED, check, runs_here
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_BLOCK = 64 if INTERPRETED else 2048
+"""Numbers of a program: 16 a thread with 4 warps, so that loads are 128 bits wide."""
+
+
+@triton.jit
+def swiglu_forward(GATE, UP, OUT, count, BLOCK: tl.constexpr):
+    """OUT = silu(GATE) x UP, in fp32 inside."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(GATE + i, mask=i < count, other=0.0).to(tl.float32)
+    up = tl.load(UP + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(OUT + i, (gate / (1 + tl.exp(-gate)) * up).to(OUT.dtype.element_ty), mask=i < count)
+
+
+@triton.jit
+def swiglu_backward(DOUT, GATE, UP, DGATE, DUP, count, BLOCK: tl.constexpr):
+    """Gradients of both; s = sigmoid(gate): d silu = s (1 + gate (1 - s))."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(DOUT + i, mask=i < count, other=0.0).to(tl.float32)
+    gate = tl.load(GATE + i, mask=i < count, other=0.0).to(tl.float32)
+    up = tl.load(UP + i, mask=i < count, other=0.0).to(tl.float32)
+    s = 1 / (1 + tl.exp(-gate))
+    tl.store(DGATE + i, (d * up * s * (1 + gate * (1 - s))).to(DGATE.dtype.element_ty), mask=i < count)
+    tl.store(DUP + i, (d * gate * s).to(DUP.dtype.element_ty), mask=i < count)
+
+
+@torch.library.custom_op("bigtrain::swiglu", mutates_args=())
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if out.numel():
+        swiglu_forward[(triton.cdiv(out.numel(), _BLOCK),)](
+            gate, up, out, out.numel(), BLOCK=_BLOCK, num_warps=4
+        )
+    return out
+
+
+@_swiglu.register_fake
+def _(gate: Any, up: Any) -> torch.Tensor:
+    return gate.new_empty(gate.shape)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("bigtrain::swiglu_backward", mutates_args=())
+def _swiglu_backward(
+    d: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    d, gate, up = d.contiguous(), gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    if d.numel():
+        swiglu_backward[(triton.cdiv(d.numel(), _BLOCK),)](
+            d, gate, up, dgate, dup, d.numel(), BLOCK=_BLOCK, num_warps=4
+        )
+    return dgate, dup
+
+
+@_swiglu_backward.register_fake
+def _(d: Any, gate: Any, up: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _swiglu_backward(d, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+_swiglu.register_autograd(_backward, setup_context=_remember)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) x up, of any shape. Raises ValueError naming the argument."""
+    check(gate.dtype in _DTYPES, "gate", f"is {gate.dtype}, expected bfloat16, float16 or float32")
+    check(up.dtype == gate.dtype, "up", f"is {up.dtype}, gate is {gate.dtype}")
+    check(up.shape == gate.shape, "up", f"has shape {tuple(up.shape)}, gate has {tuple(gate.shape)}")
+    check(up.device == gate.device, "up", f"is on {up.device}, gate is on {gate.device}")
+    runs_here(gate)
+    op: Any = _swiglu
+    return op(gate, up)  # type: ignore[no-any-return]
