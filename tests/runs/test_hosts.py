@@ -1,8 +1,7 @@
-"""Two hosts: their cable is cut while they train, and made whole again; one of them dies, and comes back."""
+"""Two hosts whose cable is cut while they train: both notice, say so, and go on together when it is whole again."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from tests.runs.conftest import Tiny, losses_of
 from tests.runs.hosts import missing, two_hosts
-from tests.runs.supervised import World, kill_tree
+from tests.runs.supervised import World
 
 pytestmark = [pytest.mark.runs, pytest.mark.timeout(900)]
 
@@ -46,28 +45,3 @@ def test_a_cut_link(tiny: Tiny, tmp_path: Path) -> None:
             text[-3000:]
         )
     assert losses_of(run) == losses_of(whole)
-
-
-def test_fewer_hosts_and_more_again(tiny: Tiny, tmp_path: Path) -> None:
-    """A host dies: the other goes on alone, and with it again when it is back; the same curve."""
-    if reason := missing():
-        pytest.skip(reason)
-    settings = (*SETTINGS[:2], "train.steps=400")
-    whole = tmp_path / "whole"
-    assert tiny.train(whole, *settings, processes=2).code == 0
-    run = tmp_path / "run"
-    with two_hosts() as hosts, World(hosts, tmp_path, tiny.config, run, settings, HANG, "1:2") as world:
-        world.until("step 12 of both", lambda: world.last()[0] >= 12)
-        world.down.add(1)
-        kill_tree(world.launchers[1].pid)
-        killed = world.attempts()
-        world.until("an attempt of one host", lambda: world.attempts() > killed)
-        alone = world.last()[0]
-        world.until("steps of one host", lambda: world.last()[0] >= alone + 8)
-        assert world.state() == ""
-        world.down.clear()
-        world.until("an attempt of both", lambda: world.attempts() > killed + 1)
-        world.until("the end of the run", lambda: world.state() == "done", 600)
-    attempts = json.loads((run / "provenance.json").read_text())["attempts"]
-    assert [attempt["world"] for attempt in attempts] == [2, 1, 2]
-    assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-5)
