@@ -30,10 +30,13 @@ from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.units import LARGEST, SMALLEST, spread, unit_bytes, units_of
 from bigtrain.errors import UserError
 from tests.data_parts import CHINESE, CODE, ENGLISH, small_tokenizer
+from tests.runs.worlds import LAUNCHER_VARIABLES, with_mpirun
 from tests.test_prepare import documents_of
 
 ROOT = Path(__file__).parent.parent
 UNIT = 0.02
+SMALL = {"unit_mb": 0.001, "max_bad": 1.0}
+"""Many units: a preparation that lasts while it is killed. A single line can be all of a part."""
 """1e6 bytes: the corpus below has about 12 units."""
 
 
@@ -105,16 +108,8 @@ def test_processes_write_the_same_bytes(workers: int, raw: Path, alone: Path, tm
 
 
 def mpirun(ranks: int, raw: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    env = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
-    env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        env.pop(name, None)
-    if shutil.which("mpirun", path=env["PATH"]) is None:
-        pytest.skip('mpirun is not installed (pip install "bigtrain[mpi]")')
+    outside = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    env = with_mpirun({**outside, "OMP_NUM_THREADS": "1"})
     command = [
         "mpirun",
         "--oversubscribe",
@@ -136,10 +131,7 @@ def test_mpi_ranks_write_the_same_bytes(ranks: int, raw: Path, alone: Path, tmp_
     done = mpirun(ranks, raw, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     mine, theirs = content(tmp_path / "out"), content(alone)
-    (
-        mine.pop("dataset.json"),
-        theirs.pop("dataset.json"),
-    )  # its request names options that the command line sets
+    del mine["dataset.json"], theirs["dataset.json"]  # its request names options that the command line sets
     assert mine == theirs
     assert done.stdout.count("dataset  ") == 1, "one rank speaks"
 
@@ -154,13 +146,13 @@ def test_an_error_on_one_mpi_rank_ends_all_with_one_message(raw: Path, tmp_path:
     assert "Traceback" not in done.stderr
 
 
-def test_killed_at_any_moment_and_started_again(raw: Path, alone: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_and_started_again(raw: Path, tmp_path: Path) -> None:
     """All of it, or one worker; what is finished is kept, the result is the same."""
     out = tmp_path / "out"
     program = (
-        "import sys; from pathlib import Path; from tests.test_crew import options, prepare\n"
+        "import sys; from pathlib import Path; from tests.test_crew import SMALL, options, prepare\n"
         "if __name__ == '__main__':\n"
-        "    prepare(options(Path(sys.argv[1]), Path(sys.argv[2]), workers=2))\n"
+        "    prepare(options(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, **SMALL))\n"
     )
     script = tmp_path / "script.py"
     script.write_text(program)
@@ -175,12 +167,11 @@ def test_killed_at_any_moment_and_started_again(raw: Path, alone: Path, tmp_path
         while len(list(out.glob("units/*.json"))) <= before and process.poll() is None:
             assert time.monotonic() < ends
             time.sleep(0.002)
-        time.sleep(dice.random() * 0.05)
+        time.sleep(dice.random() * 0.02)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        assert workers, "it was through before it could be killed"
         victim = process.pid if attempt % 2 == 0 else workers[-1]
-        if process.poll() is not None:
-            break
         os.kill(victim, signal.SIGKILL)
         error = process.communicate(timeout=60)[1]
         if attempt % 2:
@@ -194,8 +185,10 @@ def test_killed_at_any_moment_and_started_again(raw: Path, alone: Path, tmp_path
         kept = max(kept, len(records))
         assert not (out / "dataset.json").exists()
     assert kept > 1
-    prepare(options(raw, out, workers=2))
-    assert content(out) == content(alone)
+    whole = tmp_path / "whole"
+    assert prepare(options(raw, whole, workers=1, **SMALL)).splits["train"]["shards"] > 60
+    prepare(options(raw, out, workers=2, **SMALL))
+    assert content(out) == content(whole)
 
 
 def test_finished_units_are_not_done_again(raw: Path, alone: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ Tell = Callable[[int, int, int], None]
 
 
 class Alone:
-    """One process does every unit; the encoder's threads use all cores. Also what a worker of a crew runs."""
+    """One process does every unit; the encoder's threads use all cores."""
 
     leads = True
     threads = -1
@@ -40,18 +40,20 @@ class Alone:
 
     def do(self, work: Work, units: Sequence[Unit], tell: Tell) -> None:
         """Every unit that is not done. Raises what its work raises."""
-        tokenizer = Tokenizer.load(work.out / TOKENIZER)
-        behind = [0, 0, 0]
-        for unit in units:
-            done = done_before(work, unit.number)
-            if done is None:
+        do_units(work, units, Tokenizer.load(work.out / TOKENIZER), self.threads, tell)
 
-                def tell_more(report: Report, tokens: int, behind: Sequence[int] = tuple(behind)) -> None:
-                    tell(behind[0] + report.position, behind[1] + report.documents, behind[2] + tokens)
 
-                done = do_unit(work, unit, tokenizer, self.threads, tell_more)
-            behind = [behind[0] + unit.size, behind[1] + done.report.documents, behind[2] + done.tokens]
-            tell(*behind)
+def do_units(work: Work, units: Sequence[Unit], tokenizer: Tokenizer, threads: int, tell: Tell) -> None:
+    """Every unit that is not done, in this process with `threads` of the encoder."""
+    behind = (0, 0, 0)
+
+    def tell_more(report: Report, tokens: int) -> None:
+        tell(behind[0] + report.position, behind[1] + report.documents, behind[2] + tokens)
+
+    for unit in units:
+        done = done_before(work, unit.number) or do_unit(work, unit, tokenizer, threads, tell_more)
+        behind = (behind[0] + unit.size, behind[1] + done.report.documents, behind[2] + done.tokens)
+        tell(*behind)
 
 
 class Processes(Alone):
@@ -98,11 +100,8 @@ def _begin(work: Work, counts: Any, parent: int) -> None:
             os._exit(1)
     number = multiprocessing.current_process()._identity[0]  # consecutive, for the workers of a pool
     place = number % (len(counts) // 3)
-    _HERE.update(work=work, counts=counts, place=place, before=[0, 0, 0])
-
-
-class _Worker(Alone):
-    threads = 1
+    tokenizer = Tokenizer.load(work.out / TOKENIZER)
+    _HERE.update(work=work, counts=counts, place=place, before=[0, 0, 0], tokenizer=tokenizer)
 
 
 def _do_one(unit: Unit) -> None:
@@ -113,7 +112,7 @@ def _do_one(unit: Unit) -> None:
         for i in range(3):
             _HERE["counts"][place + i] = before[i] + now[i]
 
-    _Worker().do(_HERE["work"], [unit], tell)
+    do_units(_HERE["work"], [unit], _HERE["tokenizer"], 1, tell)
     _HERE["before"] = [a + b for a, b in zip(before, last, strict=True)]
 
 

@@ -77,6 +77,11 @@ class PrepareOptions:
     overwrite: bool = False
     """Replace a finished corpus in `out`."""
 
+    @property
+    def read(self) -> ReadOptions:
+        """How to read the inputs."""
+        return ReadOptions(self.text_key, self.bad_utf8, self.max_bad)
+
 
 class Progress(NamedTuple):
     """Where a preparation is."""
@@ -148,7 +153,7 @@ def _begin(
         out=options.out,
         request=digest(request, tokenizer),
         units=len(units),
-        read=ReadOptions(options.text_key, options.bad_utf8, options.max_bad),
+        read=options.read,
         validation_fraction=options.validation_fraction,
         shard_tokens=options.shard_tokens,
         shuffle_mb=options.shuffle_mb,
@@ -174,16 +179,17 @@ def _finish(options: PrepareOptions, work: Work, found: Found, request: dict[str
         for split, infos in done.shards.items():
             shards[split] += infos
     _check_not_empty(report, options)
+    tokenizer = Tokenizer.load(options.out)
     summary = PrepareSummary(
         out=options.out,
-        vocab_size=Tokenizer.load(options.out).vocab_size,
+        vocab_size=tokenizer.vocab_size,
         splits={split: totals(infos) for split, infos in shards.items()},
         skipped=report.skipped(),
         ignored=dict(found.ignored),
         examples=report.examples,
     )
     facts = {"skipped": summary.skipped, "ignored": summary.ignored, "examples": summary.examples}
-    write_manifest(options.out, Tokenizer.load(options.out), shards, request=request, summary=facts)
+    write_manifest(options.out, tokenizer, shards, request=request, summary=facts)
     shutil.rmtree(options.out / FOLDER, ignore_errors=True)
     (options.out / _TOKENIZER_OF).unlink(missing_ok=True)
     return summary
@@ -239,21 +245,15 @@ def _existing(options: PrepareOptions, request: dict[str, Any]) -> PrepareSummar
 
 def _clear(work: Work) -> None:
     """Remove what an earlier attempt, or another corpus, left and no finished unit of this request owns."""
-    kept = {
-        f"{info.name}{suffix}"
-        for number in range(work.units)
-        if (done := done_before(work, number)) is not None
-        for infos in done.shards.values()
-        for info in infos
-        for suffix in (".bin", ".idx", ".json")
-    }
+    finished = {n: done for n in range(work.units) if (done := done_before(work, n)) is not None}
+    shards = {info.name for done in finished.values() for infos in done.shards.values() for info in infos}
+    kept = {f"{name}{suffix}" for name in shards for suffix in (".bin", ".idx", ".json")}
     with disk_errors(work.out):
         for file in work.out.iterdir():
             if _SHARD_FILE.fullmatch(file.name) and file.name not in kept:
                 file.unlink()
         for record in (work.out / FOLDER).glob("*"):
-            digits = record.stem
-            if not digits.isdigit() or done_before(work, int(digits)) is None or int(digits) >= work.units:
+            if not record.stem.isdigit() or int(record.stem) not in finished:
                 record.unlink()
 
 
@@ -310,9 +310,7 @@ def _texts(
 ) -> Iterator[str]:
     """The texts to sample from, with a word on progress every fifth of a second."""
     last = 0.0
-    for document in read_documents(
-        pieces, ReadOptions(options.text_key, options.bad_utf8, options.max_bad), report
-    ):
+    for document in read_documents(pieces, options.read, report):
         now = time.monotonic()
         if now - last > 0.2:
             last = now

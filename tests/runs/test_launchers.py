@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 
 from tests.runs import slurm_cluster
 from tests.runs.conftest import Tiny, losses_of
-from tests.runs.worlds import ROOT, rank_pid
+from tests.runs.worlds import ROOT, rank_pid, with_mpirun
 
 pytestmark = [pytest.mark.runs, pytest.mark.timeout(1500)]
 
@@ -84,7 +83,7 @@ def test_torchrun(ask: signal.Signals, tiny: Tiny, undisturbed: list[float], tmp
 
 
 def test_mpirun(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
-    env = mpi_environment(tiny)
+    env = with_mpirun(tiny.environment())
     run, log = tmp_path / "run", tmp_path / "log"
     command = [
         sys.executable,
@@ -106,15 +105,6 @@ def test_mpirun(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
     script.write_text(printed.stdout)
     disturb(lambda: start(["bash", str(script)], env, log), run, "OMPI_COMM_WORLD_RANK", log, signal.SIGTERM)
     assert losses_of(run) == undisturbed
-
-
-def mpi_environment(tiny: Tiny) -> dict[str, str]:
-    """As the tiny runs' own, with the mpirun of the wheel, which as root wants to be told twice."""
-    env = tiny.environment()
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    if shutil.which("mpirun", path=env["PATH"]) is None:
-        pytest.skip('mpirun is not installed (pip install "bigtrain[mpi]")')
-    return env | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 @pytest.fixture(scope="module")

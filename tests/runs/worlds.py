@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
+import pytest
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def with_mpirun(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment with the wheel's mpirun, which as root wants to be told twice; skips the test without one."""
+    path = f"{Path(sys.executable).parent}:{env['PATH']}"
+    if shutil.which("mpirun", path=path) is None:
+        pytest.skip('mpirun is not installed (pip install "bigtrain[mpi]")')
+    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**env, "PATH": path, **allowed}
 
 
 @dataclass(frozen=True)
