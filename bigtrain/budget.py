@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bigtrain.config import Config
 
@@ -21,39 +22,73 @@ class Progress:
     samples: int = 0
     """Sequences consumed; with nothing left out (`sample_id`), the number of the next sample."""
     tokens: int = 0
-    """Tokens consumed: samples x sequence length."""
+    """Tokens consumed: the samples' sequence lengths."""
+
+
+LeftOut = Sequence[tuple[int, int]]
+"""Ranges [first, last] of samples that a run does not read, in order and apart from each other (`united`)."""
+
+
+class Length(NamedTuple):
+    """A sequence length that holds from a sample on."""
+
+    sample: int
+    tokens: int
+    """S of one sequence."""
+    batch: int
+    """Sequences in the full global batch."""
 
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """Sequences in the global batch of every step: constant, or growing in equal rises at the start."""
+    """Sequences in the global batch of every step, and their length.
+
+    The batch is constant, or grows in equal rises at the start. Where the length changes, a batch that was given in
+    tokens keeps its tokens.
+    """
 
     full: int
     start: int
     ramp_steps: int
+    length: int = 1
+    """Tokens S of a sequence at the start."""
+    later: tuple[Length, ...] = ()
+    """Other lengths, in the order of their samples."""
 
     @staticmethod
     def of(config: Config) -> BatchSchedule:
-        """From [train], in sequences whatever unit the config uses."""
+        """From [train] and [data], in sequences whatever unit the config uses."""
         t = config.train
-        per = 1 if t.global_batch is not None else config.data.sequence_length
-        full = (t.global_batch or t.global_batch_tokens or 0) // per
-        start = full if t.batch_ramp_from is None else t.batch_ramp_from // per
-        return BatchSchedule(full=full, start=start, ramp_steps=t.batch_ramp_steps or 0)
+        S, *changes = (Length(sample, S, _full(config, S)) for sample, S in config.data.lengths.items())
+        start = S.batch
+        if t.batch_ramp_from is not None:
+            start = t.batch_ramp_from // (1 if t.global_batch is not None else S.tokens)
+        return BatchSchedule(S.batch, start, t.batch_ramp_steps or 0, S.tokens, tuple(changes))
 
     @property
     def unit(self) -> int:
-        """Every batch size is a multiple of this: the largest common divisor of first and full batch."""
+        """Every batch size is a multiple of this: the largest common divisor of all."""
+        return math.gcd(self._rise, *(length.batch for length in self.later))
+
+    @property
+    def _rise(self) -> int:
         return math.gcd(self.full, self.start)
 
     def size(self, step: int) -> int:
-        """Sequences in step number `step` (from 0)."""
+        """Sequences in step number `step` (from 0), at the first length."""
         if step >= self.ramp_steps:
             return self.full
-        rises = (self.full - self.start) // self.unit
-        return self.start + rises * step // self.ramp_steps * self.unit
+        rises = (self.full - self.start) // self._rise
+        return self.start + rises * step // self.ramp_steps * self._rise
 
-    def total_steps(self, config: Config, progress: Progress) -> int:
+    def at(self, step: int, sample: int) -> tuple[int, int]:
+        """Sequences in step number `step`, which begins with sample number `sample`, and tokens S of each."""
+        for length in reversed(self.later):
+            if sample >= length.sample:
+                return length.batch, length.tokens
+        return self.size(step), self.length
+
+    def total_steps(self, config: Config, progress: Progress, left_out: LeftOut = ()) -> int:
         """Steps of the whole run: train.steps, or the first step at which train.tokens are reached.
 
         `progress` is where the run stands, so that a global batch changed on resume counts from there on.
@@ -61,16 +96,49 @@ class BatchSchedule:
         if config.train.steps is not None:
             return config.train.steps
         assert config.train.tokens is not None, "validated: steps or tokens"
-        step, left = progress.step, config.train.tokens - progress.tokens
-        while left > 0 and step < self.ramp_steps:
-            left -= self.size(step) * config.data.sequence_length
+        step, samples, left = progress.step, progress.samples, config.train.tokens - progress.tokens
+        while left > 0 and (step < self.ramp_steps or self.later):
+            size, length = self.at(step, sample_id(samples, left_out))
+            left -= size * length
+            samples += size
             step += 1
-        return step + max(0, -(-left // (self.full * config.data.sequence_length)))
+        return step + max(0, -(-left // (self.full * self.length)))
 
-    def samples(self, steps: int) -> int:
-        """Sequences in the first `steps` steps."""
-        rising = min(steps, self.ramp_steps)
-        return sum(self.size(step) for step in range(rising)) + (steps - rising) * self.full
+    def ahead(self, progress: Progress, total_steps: int, left_out: LeftOut = ()) -> Progress:
+        """Where a run that stands at `progress` will stand after `total_steps` steps."""
+        step, samples, tokens = progress.step, progress.samples, progress.tokens
+        while step < total_steps and (step < self.ramp_steps or self.later):
+            size, length = self.at(step, sample_id(samples, left_out))
+            samples, tokens, step = samples + size, tokens + size * length, step + 1
+        rest = max(0, total_steps - step) * self.full
+        return Progress(max(step, total_steps), samples + rest, tokens + rest * self.length)
+
+    def length_problem(self, progress: Progress, total_steps: int, left_out: LeftOut = ()) -> str:
+        """Why a step of those to come would have sequences of two lengths; "" when none has."""
+        step, samples = progress.step, progress.samples
+        while self.later and step < total_steps:
+            first = sample_id(samples, left_out)
+            size, length = self.at(step, first)
+            last = sample_id(samples + size - 1, left_out)
+            if self.at(step, last)[1] != length:
+                begins = next(each.sample for each in self.later if first < each.sample <= last)
+                return (
+                    f"data.stages: the sequence length changes at sample {begins}, inside step {step + 1} (samples "
+                    f"{first} to {last}); let the stage begin at sample {first} or {last + 1}"
+                )
+            if step < self.ramp_steps and length != self.length:
+                return (
+                    f"data.stages: the sequence length changes in step {step + 1}, while the batch still grows; let it "
+                    f"change after step {self.ramp_steps}, or lower train.batch_ramp_steps"
+                )
+            samples, step = samples + size, step + 1
+        return ""
+
+
+def _full(config: Config, length: int) -> int:
+    """Sequences of the full global batch at a sequence length."""
+    t = config.train
+    return t.global_batch if t.global_batch is not None else (t.global_batch_tokens or 0) // length
 
 
 def batch_problem(schedule: BatchSchedule, microbatch: int, data_size: int) -> str:
@@ -89,10 +157,6 @@ def batch_problem(schedule: BatchSchedule, microbatch: int, data_size: int) -> s
             else f"use a global batch that is a multiple of {data_size}"
         )
     )
-
-
-LeftOut = Sequence[tuple[int, int]]
-"""Ranges [first, last] of samples that a run does not read, in order and apart from each other (`united`)."""
 
 
 def sample_id(number: int, left_out: LeftOut) -> int:
@@ -132,7 +196,7 @@ def rank_samples(
     """
     first = progress.samples
     for step in range(progress.step, total_steps):
-        size = schedule.size(step)
+        size, _ = schedule.at(step, sample_id(first, left_out))
         stride = microbatch * data_size
         starts = range(first + data_rank * microbatch, first + size, stride)
         yield [[sample_id(n, left_out) for n in range(s, s + microbatch)] for s in starts]

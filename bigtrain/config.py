@@ -123,17 +123,70 @@ class LossConfig(Section):
     """masked objective: share of the tokens to predict; of these 80 % hidden, 10 % random, 10 % kept (BERT)."""
 
 
+class SourceConfig(Section):
+    """One of several corpora that a run reads."""
+
+    path: str
+    """As data.path."""
+    tokenizer: str | None = None
+    """As data.tokenizer."""
+    weight: float = Field(default=1.0, ge=0)
+    """Its share of the samples, relative to the other sources' weights."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """How often it may be read; data.at_limit says what happens then."""
+
+
+class StageConfig(Section):
+    """A change of the data while a run goes on. What comes before its first sample does not depend on it."""
+
+    sample: int = Field(ge=1)
+    """First sample of the stage, counted from 0 over the run; a step must begin there to change the length."""
+    weights: dict[str, float] | None = None
+    """Weights of the sources from here on, 0 for those not named. Default: as before."""
+    sequence_length: int | None = Field(default=None, ge=2)
+    """Tokens in one sequence from here on; every source begins a new epoch. Default: as before."""
+
+
 class DataConfig(Section):
     """Which tokens, in which order."""
 
-    path: str
-    """A folder written by `bigtrain prepare` (it holds dataset.json), relative to the working folder."""
+    path: str | None = None
+    """A folder written by `bigtrain prepare` (it holds dataset.json), relative to the working folder, or PREFIX of a
+    Megatron corpus PREFIX.bin + PREFIX.idx. Give this or `sources`."""
+    tokenizer: str | None = None
+    """A Megatron corpus does not say which tokenizer made it: its SentencePiece .model file."""
+    sources: dict[str, SourceConfig] = {}
+    """Several corpora with one tokenizer, by name: [data.sources.web]. The order counts; append new ones."""
+    stages: dict[str, StageConfig] = {}
+    """Changes of weights and sequence length while the run goes on, by name: [data.stages.anneal]."""
+    at_limit: Literal["stop", "reweight"] = "stop"
+    """When a source would be read more often than its max_epochs: stop: refuse the run before it begins; reweight: the
+    others take its share, in their proportions."""
+    skip: list[list[int]] = []
+    """Ranges [first, last] of samples that are left out, as `bigtrain data show` numbers them."""
     sequence_length: int = Field(ge=2)
     """Tokens S in one training sequence."""
+    packing: Literal["chunk", "best_fit"] = "chunk"
+    """chunk: documents one after another, cut every S tokens; best_fit: documents packed so that only those longer than
+    S are cut, with a little padding (`bigtrain pack` prepares it)."""
     document_mask: bool = True
     """Documents packed into one sequence do not see each other, and positions restart at each."""
     prefetch: int = Field(default=4, ge=0)
     """Steps read ahead in the background; 0 reads in the training thread."""
+
+    @property
+    def corpora(self) -> dict[str, SourceConfig]:
+        """Every corpus by its name, in the order that counts."""
+        return self.sources or {"data": SourceConfig(path=self.path or "", tokenizer=self.tokenizer)}
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """Sequence length by the sample from which it holds."""
+        found = {0: self.sequence_length}
+        for stage in sorted(self.stages.values(), key=lambda stage: stage.sample):
+            if stage.sequence_length not in (None, list(found.values())[-1]):
+                found[stage.sample] = stage.sequence_length or 0
+        return found
 
 
 class TrainConfig(Section):
@@ -345,13 +398,48 @@ def batch_problems(c: Config) -> Iterator[str]:
     for key in ("global_batch_tokens", "batch_ramp_from"):
         tokens = getattr(t, key)
         in_tokens = key == "global_batch_tokens" or t.global_batch_tokens is not None
-        if tokens is not None and in_tokens and tokens % c.data.sequence_length:
-            yield f"train.{key}: {tokens} is not a multiple of data.sequence_length {c.data.sequence_length}"
+        for length in c.data.lengths.values() if tokens is not None and in_tokens else ():
+            if tokens % length:
+                yield f"train.{key}: {tokens} is not a multiple of the sequence length {length}"
     full = t.global_batch or t.global_batch_tokens or 0
     if (t.batch_ramp_from is None) != (t.batch_ramp_steps is None):
         yield "train.batch_ramp_from: give both batch_ramp_from and batch_ramp_steps, or neither"
     elif t.batch_ramp_from is not None and t.batch_ramp_from > full:
         yield f"train.batch_ramp_from: {t.batch_ramp_from} is larger than the full global batch {full}"
+
+
+def data_problems(c: Config) -> Iterator[str]:
+    """What does not fit together inside [data]."""
+    d = c.data
+    if (d.path is None) != bool(d.sources):
+        yield "data.path: give exactly one of path and sources"
+    if d.sources and d.tokenizer is not None:
+        yield "data.tokenizer: belongs to data.path; a source has a tokenizer of its own"
+    if d.sources and not any(source.weight for source in d.sources.values()):
+        yield "data.sources: one weight at least must be above 0"
+    seen: dict[int, str] = {}
+    for name, stage in d.stages.items():
+        where = f"data.stages.{name}"
+        if stage.sample in seen:
+            yield f"{where}.sample: stage {seen[stage.sample]} begins at {stage.sample} too"
+        seen[stage.sample] = name
+        for source, weight in (stage.weights or {}).items():
+            if source not in d.corpora:
+                yield f"{where}.weights: no source {source!r}; there are {', '.join(d.corpora)}"
+            elif weight < 0:
+                yield f"{where}.weights: {source} has {weight}, which is below 0"
+        if stage.weights is not None and not any(stage.weights.values()):
+            yield f"{where}.weights: one weight at least must be above 0"
+        if stage.weights is None and stage.sequence_length is None:
+            yield f"{where}: changes neither weights nor sequence_length"
+    for each in d.skip:
+        if len(each) != 2 or not 0 <= each[0] <= each[1]:
+            yield f"data.skip: {each} is no range of samples: give [first, last], 0 <= first <= last"
+    if d.packing == "best_fit" and not d.document_mask:
+        yield 'data.packing: "best_fit" needs document_mask = true, or documents would see their neighbours'
+    for length in d.lengths.values():
+        if length > c.model.max_length and c.model.kind == "transformer":
+            yield f"data.sequence_length: {length} is longer than model.max_length {c.model.max_length}"
 
 
 def layout_problems(c: Config) -> Iterator[str]:
@@ -437,11 +525,7 @@ def _nearest(wanted: int, fits: list[int]) -> int:
 
 def problems(c: Config) -> list[str]:
     """Every cross-field problem of a well-typed config, as sentences that begin with the key."""
-    found = [*model_problems(c.model), *batch_problems(c), *layout_problems(c)]
-    if c.data.sequence_length > c.model.max_length and c.model.kind == "transformer":
-        found.append(
-            f"data.sequence_length: {c.data.sequence_length} is longer than model.max_length {c.model.max_length}"
-        )
+    found = [*model_problems(c.model), *batch_problems(c), *layout_problems(c), *data_problems(c)]
     t, o = c.train, c.optim
     if t.steps is not None and o.warmup_steps > t.steps:
         found.append(f"optim.warmup_steps: {o.warmup_steps} is more than train.steps {t.steps}")

@@ -10,7 +10,7 @@ import sysconfig
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -140,7 +140,7 @@ def _field(key: str) -> Any:
     """The pydantic field of a dotted key, or None."""
     model: Any = Config
     field = None
-    for part in key.split("."):
+    for part in _nameless(key).replace(".*", "").split("."):
         fields = getattr(model, "model_fields", {})
         if part not in fields:
             return None
@@ -153,6 +153,11 @@ def _section_of(annotation: Any) -> Any:
     """The section class inside an annotation such as `RopeScaling | None`."""
     options = (annotation, *get_args(annotation))
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _nameless(key: str) -> str:
+    """A key without the names that a user gave: data.sources.*.weight for data.sources.web.weight."""
+    return re.sub(r"^(data\.(?:sources|stages))\.[^.]+", r"\1.*", key)
 
 
 def _optional(key: str) -> bool:
@@ -174,14 +179,15 @@ def _explain(key: str, error: Any) -> str:
 
 def _did_you_mean(key: str) -> str:
     """`; did you mean optim.lr?` from the sibling keys first, then from every key."""
-    parent, _, last = key.rpartition(".")
+    shown = key.rpartition(".")[0]
+    parent, _, last = _nameless(key).rpartition(".")
     every = {name.rpartition(".")[2]: name for name in _all_keys(Config, "")}
     siblings = [n.rpartition(".")[2] for n in _all_keys(Config, "") if n.rpartition(".")[0] == parent]
     if close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
-        return f"; did you mean {parent + '.' if parent else ''}{close[0]}?"
+        return f"; did you mean {shown + '.' if shown else ''}{close[0]}?"
     if close := difflib.get_close_matches(last, list(every), n=1, cutoff=0.75):
         return f"; did you mean {every[close[0]]}?"
-    return f"; {parent or 'the top level'} has {', '.join(siblings)}" if siblings else ""
+    return f"; {shown or 'the top level'} has {', '.join(siblings)}" if siblings else ""
 
 
 def _all_keys(model: Any, prefix: str) -> list[str]:
@@ -190,7 +196,8 @@ def _all_keys(model: Any, prefix: str) -> list[str]:
         keys.append(prefix + name)
         section = _section_of(field.annotation)
         if section is not None:
-            keys += _all_keys(section, f"{prefix}{name}.")
+            names = "*." if get_origin(field.annotation) is dict else ""
+            keys += _all_keys(section, f"{prefix}{name}.{names}")
     return keys
 
 
@@ -227,7 +234,11 @@ def _render_section(section: BaseModel, name: str) -> list[str]:
         meaning = " ".join((field.description or "").split())
         if isinstance(value, BaseModel):
             nested += ["", f"[{name}.{key}]", *_render_section(value, f"{name}.{key}")]
-        elif value is None:
+        elif _section_of(field.annotation) is not None and isinstance(value, dict) and value:
+            for given, each in value.items():
+                header = f"{name}.{key}.{_bare(given)}"
+                nested += ["", f"[{header}]", *_render_section(each, header)]
+        elif value is None or value == {}:
             lines += [f"# {meaning}", f"# {key} ="]
         else:
             lines += [f"# {meaning}", f"{key} = {_toml(value)}"]
@@ -235,9 +246,16 @@ def _render_section(section: BaseModel, name: str) -> list[str]:
 
 
 def _toml(value: Any) -> str:
-    """A scalar as TOML."""
+    """A value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_bare(name)} = {_toml(each)}" for name, each in value.items()) + " }"
     return repr(value)
+
+
+def _bare(key: str) -> str:
+    """A name as a TOML key."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)

@@ -11,6 +11,7 @@ import torch
 
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.manifest import Split
+from bigtrain.data.samples import Samples
 from bigtrain.errors import UserError
 from bigtrain.heldout import HeldOut, held_out
 from bigtrain.mesh import Mesh
@@ -37,7 +38,8 @@ def evaluate(trained: Pretrained, *, data: str, split: Split, sequences: int = 0
             where=str(data),
             do="prepare it again with --tokenizer RUN/tokenizer.model",
         )
-    loader = loader_of(config, corpus, trained.tokenizer)
+    samples = Samples.single(corpus, config.data.sequence_length, config.train.seed)
+    loader = loader_of(config, samples, trained.tokenizer)
     device = next(trained.model.parameters()).device
 
     def loss_of(batches: Sequence[Batch]) -> float:
@@ -64,7 +66,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     trained = open_model(args.model)
     for warning in trained.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    data = args.data or trained.config.data.path
+    data = args.data or next(iter(trained.config.data.corpora.values())).path
     result = evaluate(trained, data=data, split=args.split, sequences=args.sequences)
     if args.json:
         print(

@@ -168,7 +168,7 @@ def _model_lines(config: Config) -> list[str]:
 def _budget_lines(config: Config) -> list[str]:
     schedule = BatchSchedule.of(config)
     steps = schedule.total_steps(config, Progress())
-    tokens = schedule.samples(steps) * config.data.sequence_length
+    tokens = schedule.ahead(Progress(), steps).tokens
     flops = flops_per_token(config.model, config.data.sequence_length).training * tokens
     good = chinchilla_tokens(parameters(config.model))
     lr = peak_learning_rate(config, tokens)
@@ -188,24 +188,31 @@ def _budget_lines(config: Config) -> list[str]:
 
 
 def _data_lines(config: Config) -> list[str]:
-    from bigtrain.data.manifest import read_manifest
+    """What a run reads, and how often. Nothing is read but manifests and indexes."""
+    from bigtrain.run_data import samples_of, shares
 
-    folder = Path(config.data.path)
-    if not (folder / "dataset.json").is_file():
-        return [_line("data", f"{folder} is not prepared yet")]
-    manifest = read_manifest(folder)
-    if manifest.tokenizer["vocab_size"] > config.model.vocab_size:
+    missing = [source.path for source in config.data.corpora.values() if not _is_prepared(Path(source.path))]
+    if missing:
+        return [_line("data", f"{path} is not prepared yet") for path in missing]
+    samples = samples_of(config)
+    most = max(corpus.vocab_size for corpus in samples.corpora)
+    if most > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's "
-            f"{manifest.tokenizer['vocab_size']}",
-            where=str(folder),
-            do=f"set model.vocab_size to {manifest.tokenizer['vocab_size']} or more",
+            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {most}",
+            where=samples.corpora[0].where,
+            do=f"set model.vocab_size to {most} or more",
         )
-    train = sum(s.tokens for s in manifest.splits["train"])
     schedule = BatchSchedule.of(config)
-    steps = schedule.total_steps(config, Progress())
-    consumed = schedule.samples(steps) * config.data.sequence_length
-    return [_line("data", f"{folder}: {train:,} tokens, read {consumed / max(train, 1):.2f} times")]
+    end = schedule.ahead(Progress(), schedule.total_steps(config, Progress()))
+    lines = [
+        _line("data", f"{source.path}: {corpus.num_tokens:,} tokens")
+        for source, corpus in zip(config.data.corpora.values(), samples.corpora, strict=True)
+    ]
+    return [*lines, _line("read", shares(samples, 0, end.samples))]
+
+
+def _is_prepared(path: Path) -> bool:
+    return (path / "dataset.json").is_file() or Path(f"{path}.idx").is_file()
 
 
 def _layout_lines(config: Config) -> list[str]:

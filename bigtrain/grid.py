@@ -114,7 +114,14 @@ def _axes_problems(config: Config, world: int) -> Iterator[str]:
         )
     elif problem := batch_problem(BatchSchedule.of(config), config.train.microbatch, world // each):
         yield problem
-    S, pieces = config.data.sequence_length, layout.context * (2 if layout.context_by == "gather" else 1)
+    for S in config.data.lengths.values():
+        yield from _length_problems(config, S)
+
+
+def _length_problems(config: Config, S: int) -> Iterator[str]:
+    """A sequence length against the axes that cut sequences."""
+    layout = config.layout
+    pieces = layout.context * (2 if layout.context_by == "gather" else 1)
     if layout.context > 1 and S % pieces:
         yield (
             f"data.sequence_length: {S} does not divide into {pieces} pieces for context {layout.context}; "

@@ -80,6 +80,7 @@ class Guard:
     def __init__(self, config: Config) -> None:
         self.policy = config.guard
         self.max_skipped = config.train.max_skipped
+        self._skip = [(first, last) for first, last in config.data.skip]
         self.rolled: list[Finding] = []
         """The spikes that the run was rolled back for."""
         self.refused = False
@@ -93,7 +94,7 @@ class Guard:
     @property
     def left_out(self) -> list[tuple[int, int]]:
         """Ranges [first, last] of samples that are not read (`budget.sample_id`)."""
-        return united((f.first_sample, f.last_sample) for f in self.rolled)
+        return united([*self._skip, *((f.first_sample, f.last_sample) for f in self.rolled)])
 
     def refuses(self, loss: float, norm: float) -> bool:
         """Whether the update is left out (`engine.protocol.Refuse`); the engine asks before it makes it."""

@@ -68,11 +68,11 @@ def check(config: Config, cluster: Cluster, *, submit: bool) -> list[str]:
         ranks = nodes * cluster.per_node
         where = f"{nodes} nodes x {cluster.per_node} = {ranks} ranks"
         problems += [f"{where}: {problem}" for problem in world_problems(config, ranks)]
-    data = Path(config.data.path)
-    if not (data / "dataset.json").is_file() and not list(data.glob("*.idx")):
-        (problems if submit else warnings).append(
-            f"data.path: {data} is no dataset here; `bigtrain prepare` writes one"
-        )
+    for source in config.data.corpora.values():
+        if not (Path(source.path) / "dataset.json").is_file() and not Path(f"{source.path}.idx").is_file():
+            (problems if submit else warnings).append(
+                f"data: {source.path} is no dataset here; `bigtrain prepare` writes one"
+            )
     if problems:
         word = "problem" if len(problems) == 1 else "problems"
         raise UserError(f"{len(problems)} {word}; nothing was submitted\n  " + "\n  ".join(problems))

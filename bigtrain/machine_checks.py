@@ -277,7 +277,8 @@ def disks(subject: Subject) -> Iterator[Finding]:
         yield from timed("run folder", folder)
         yield from space("run folder", folder, subject.config)
     if subject.config is not None:
-        yield from _data(Path(subject.config.data.path))
+        for source in subject.config.data.corpora.values():
+            yield from _data(Path(source.path))
 
 
 def _existing(path: Path) -> Path:
@@ -356,6 +357,9 @@ def checkpoint_bytes(config: Config) -> int:
 def _data(folder: Path) -> Iterator[Finding]:
     """The largest file of the dataset, read from the disk."""
     files = [f for f in folder.glob("*.bin") if f.is_file()] if folder.is_dir() else []
+    single = folder.with_name(f"{folder.name}.bin")  # a Megatron corpus is named by its prefix
+    if single.is_file():
+        files.append(single)
     if not files:
         do = "bigtrain prepare writes one; data.path says where it is"
         yield Finding("bad", "data", f"{folder}: no dataset is there", do)

@@ -7,10 +7,11 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain.budget import Progress
+from bigtrain.budget import Progress, sample_id
 from bigtrain.checkpoint.agree import together
 from bigtrain.checkpoint.saver import Saver
 from bigtrain.checkpoint.store import Resumed, discard_later, prune, resume
@@ -25,6 +26,7 @@ from bigtrain.metrics import EventRecord, Meter, peak_flops, read_records, recen
 from bigtrain.plan.calibration import beside_plan
 from bigtrain.plan.flops import flops_per_token
 from bigtrain.plan.scaling import Suggestion
+from bigtrain.run_data import differences, facts, shares
 from bigtrain.rundir import RunDir, State
 from bigtrain.sinks import Sinks, open_sinks
 from bigtrain.stragglers import Stragglers
@@ -122,12 +124,10 @@ class Recorder:
 
     def _same_samples(self, state: Mapping[str, Any], path: Path) -> None:
         """UserError when the checkpoint's run read other samples: its folder may be older than this run directory."""
-        ours = self._samples()
-        differ = [
-            f"{key}: {state[key]} there, {ours[key]} here"
-            for key in ours
-            if state.get(key, ours[key]) != ours[key]
-        ]
+        read = state["progress"]["samples"]
+        then = Guard(self.parts.config)
+        then.load(state.get("guard", {}))
+        differ = differences(state, self._facts, read, sample_id(read, then.left_out))
         if differ:
             raise UserError(
                 "is of a run over other samples\n    " + "\n    ".join(differ),
@@ -135,27 +135,24 @@ class Recorder:
                 do="give the data and seed that it was trained with, or another checkpoint.folder",
             )
 
-    def _samples(self) -> dict[str, Any]:
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
         """What decides which tokens sample number g holds."""
-        config = self.parts.config
-        return {
-            "data": self.parts.corpus.manifest_hash,
-            "seed": config.train.seed,
-            "sequence_length": config.data.sequence_length,
-        }
+        return facts(self.parts.config, self.parts.samples)
 
-    def begin(self, progress: Progress, total_steps: int, peak: Suggestion) -> None:
+    def begin(self, progress: Progress, end: Progress, peak: Suggestion) -> None:
         """Open the sinks and the console, tell what is about to happen. All ranks learn of a failure."""
         mesh = self.parts.mesh
-        together(mesh, lambda: self._begin(progress, total_steps, peak) if mesh.first else None)
+        together(mesh, lambda: self._begin(progress, end, peak) if mesh.first else None)
 
-    def _begin(self, progress: Progress, total_steps: int, peak: Suggestion) -> None:
+    def _begin(self, progress: Progress, end: Progress, peak: Suggestion) -> None:
+        total_steps = end.step
         parts, config = self.parts, self.parts.config
         shutil.copyfile(parts.tokenizer.path, self.run.path / "tokenizer.model")
         self.console = Console(
             total_steps=total_steps,
             every_steps=config.log.every_steps,
-            tokens_total=progress.tokens + parts.tokens_between(progress.step, total_steps),
+            tokens_total=end.tokens,
             device=parts.mesh.device,
             devices=parts.mesh.world,
             startup=self.startup,
@@ -185,16 +182,20 @@ class Recorder:
             self.console.say(
                 "the optimizer state is kept and updated in host memory, by PyTorch's fused AdamW"
             )
-        if parts.corpus.longest > config.data.sequence_length + 1:
+        if len(parts.samples.corpora) > 1:
+            read = shares(parts.samples, progress.samples, end.samples)
+            self.console.say(f"the steps to come read {read or 'nothing'}")
+        longest = max(corpus.longest for corpus in parts.samples.corpora)
+        if longest > config.data.sequence_length + 1:
             self.console.say(
-                f"the longest document has {parts.corpus.longest:,} tokens: documents longer than a sequence "
+                f"the longest document has {longest:,} tokens: documents longer than a sequence "
                 f"({config.data.sequence_length:,}) are read in parts, none is lost"
             )
         flops = flops_per_token(config.model, config.data.sequence_length).training
         self._meter = Meter(
             devices=parts.mesh.world,
             tokens=progress.tokens,
-            tokens_per_epoch=parts.corpus.num_tokens,
+            tokens_per_epoch=sum(corpus.num_tokens for corpus in parts.samples.corpora),
             flops_per_token=flops,
             peak_flops=self._peak_flops(),
             device=parts.mesh.device,
@@ -253,7 +254,7 @@ class Recorder:
             "progress": asdict(progress),
             "engine": parts.engine.extra_state(),
             "model": config.model.model_dump(),
-            **self._samples(),
+            **self._facts,
             "guard": self.guard.state(),
             "layout": {
                 "world": parts.mesh.world,

@@ -12,13 +12,14 @@ from typing import Literal
 
 import torch
 
-from bigtrain.budget import BatchSchedule, LeftOut, Progress, rank_samples
+from bigtrain.budget import BatchSchedule, LeftOut, Progress, rank_samples, sample_id
 from bigtrain.checkpoint.agree import together
 from bigtrain.config import Config
 from bigtrain.configfile import render
 from bigtrain.console import Startup
 from bigtrain.data.corpus import Corpus, verify
 from bigtrain.data.loader import Loader
+from bigtrain.data.samples import Samples
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.engine import Engine, make_engine
 from bigtrain.errors import BigtrainError, UserError
@@ -33,6 +34,7 @@ from bigtrain.place import discover
 from bigtrain.plan.scaling import peak_learning_rate
 from bigtrain.recorder import Recorder
 from bigtrain.rollcall import code_digest
+from bigtrain.run_data import check_limits, held_out_samples, samples_of
 from bigtrain.rundir import RunDir
 from bigtrain.signals import StopFlag
 from bigtrain.sinks import check_sinks
@@ -50,7 +52,7 @@ class Parts:
 
     config: Config
     mesh: Mesh
-    corpus: Corpus
+    samples: Samples
     tokenizer: Tokenizer
     loader: Loader
     held_out: list[Batch]
@@ -59,11 +61,6 @@ class Parts:
     schedule: BatchSchedule
     clock: OwnTime
     """Knows of every forward pass of this rank's layers."""
-
-    def tokens_between(self, first: int, last: int) -> int:
-        """Tokens that steps first .. last - 1 consume."""
-        samples = self.schedule.samples(max(first, last)) - self.schedule.samples(first)
-        return samples * self.config.data.sequence_length
 
     def steps(self, progress: Progress, total_steps: int, left_out: LeftOut = ()) -> Iterator[list[Batch]]:
         """This rank's microbatches of every step left, read ahead in the background; `left_out` is not read."""
@@ -91,11 +88,11 @@ def assemble(config: Config, mesh: Mesh, pulse: Pulse | None = None) -> Parts:
     """
     torch.set_num_threads(config.layout.threads or _default_threads(mesh))
     check_sinks(config.log)
-    corpus = Corpus.open(config.data.path)
-    _verify_small(corpus, mesh)
-    tokenizer = Tokenizer.load(corpus.tokenizer_path)
-    loader = loader_of(config, corpus, tokenizer)
-    _ = loader.windows  # a corpus too short for one sequence is said before anything is built
+    samples = samples_of(config)
+    for corpus in samples.corpora:
+        _verify_small(corpus, mesh)
+    tokenizer = Tokenizer.load(samples.corpora[0].tokenizer_path)
+    loader = loader_of(config, samples, tokenizer)
     held_out = held_out_of(config, tokenizer, mesh)
     model = build_model(
         config.model,
@@ -111,7 +108,7 @@ def assemble(config: Config, mesh: Mesh, pulse: Pulse | None = None) -> Parts:
     clock.follow(
         layers
     )  # after the engine's hooks: a layer whose weights are being gathered waits for others
-    return Parts(config, mesh, corpus, tokenizer, loader, held_out, engine, BatchSchedule.of(config), clock)
+    return Parts(config, mesh, samples, tokenizer, loader, held_out, engine, BatchSchedule.of(config), clock)
 
 
 def _verify_small(corpus: Corpus, mesh: Mesh) -> None:
@@ -133,11 +130,10 @@ def _default_threads(mesh: Mesh) -> int:
     return max(1, cores // mesh.place.local_world)
 
 
-def loader_of(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Loader:
-    """The loader that a config asks for over one split."""
+def loader_of(config: Config, samples: Samples, tokenizer: Tokenizer) -> Loader:
+    """The loader that a config asks for over samples of one split."""
     return Loader(
-        corpus,
-        sequence_length=config.data.sequence_length,
+        samples,
         seed=config.train.seed,
         document_mask=config.data.document_mask,
         objective=config.model.objective,
@@ -150,10 +146,10 @@ def loader_of(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> Loader:
 
 def held_out_of(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> list[Batch]:
     """This rank's share of the held-out sequences, the same ones at every evaluation."""
-    corpus = Corpus.open(config.data.path, "validation")
-    if corpus.num_tokens < 2:
+    samples = held_out_samples(config)
+    if samples is None:
         return []
-    loader = loader_of(config, corpus, tokenizer)
+    loader = loader_of(config, samples, tokenizer)
     count, rows = config.train.eval_sequences, config.train.microbatch
     return list(loader.validation_batches(count, rows, rank=mesh.data_rank, ranks=mesh.data_size))
 
@@ -223,7 +219,9 @@ def train(config: Config, run: str | Path, *, fresh: bool = False, began: float 
         parts = assemble(config, mesh, dog.pulse)
         stack.callback(parts.close)
         startup.done("model and data")
-        run_dir = RunDir.open(run, config, fresh=fresh, mesh=mesh, data=parts.corpus.manifest_hash)
+        run_dir = RunDir.open(
+            run, config, fresh=fresh, mesh=mesh, data=parts.samples.corpora[0].manifest_hash
+        )
         stack.callback(run_dir.close)
         stack.callback(crash_stacks(run_dir.logs, mesh.rank))
         recorder = Recorder(parts, run_dir, startup)
@@ -255,10 +253,14 @@ def _train_on(
 ) -> Literal["done", "preempted", "rolled back"]:
     """Train from where the recorder stands."""
     progress = recorder.progress
-    total = parts.schedule.total_steps(parts.config, progress)
-    ahead = parts.tokens_between(progress.step, total)
-    peak = peak_learning_rate(parts.config, progress.tokens + ahead)
-    recorder.begin(progress, total, peak)
+    left_out = recorder.guard.left_out
+    total = parts.schedule.total_steps(parts.config, progress, left_out)
+    end = parts.schedule.ahead(progress, total, left_out)
+    if problem := parts.schedule.length_problem(progress, total, left_out):
+        raise UserError(problem)
+    check_limits(parts.config, parts.samples, sample_id(max(end.samples, 1) - 1, left_out))
+    peak = peak_learning_rate(parts.config, end.tokens)
+    recorder.begin(progress, end, peak)
     if progress.step >= total:
         return "done"
     trainer = Trainer(
@@ -277,7 +279,7 @@ def _train_on(
         resumed=recorder.resumed,
         clock=parts.clock,
     )
-    return trainer.run(parts.steps(progress, total, recorder.guard.left_out))
+    return trainer.run(parts.steps(progress, total, left_out))
 
 
 def _rate(config: Config, peak: float, total_steps: int, step: int) -> float:

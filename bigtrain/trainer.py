@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bigtrain.budget import BatchSchedule, Progress
+from bigtrain.budget import BatchSchedule, Progress, sample_id
 from bigtrain.config import Config
 from bigtrain.engine.protocol import Engine, StepResult
 from bigtrain.errors import RunError
@@ -129,11 +129,11 @@ class Trainer:
         before = self.progress
         lr = self.learning_rate(before.step)
         result = self.engine.train_step(microbatches, counted, lr, self.guard.refuses)
-        sequences = self.schedule.size(before.step)
+        sequences, length = self.schedule.at(before.step, sample_id(before.samples, self.guard.left_out))
         after = Progress(
             step=before.step + 1,
             samples=before.samples + sequences,
-            tokens=before.tokens + sequences * self.config.data.sequence_length,
+            tokens=before.tokens + sequences * length,
         )
         found = self.guard.look(before, after, result)
         if found is not None and found.action == "rollback":

@@ -33,7 +33,7 @@ global_batch = 48
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a config and something that looks like its dataset."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.idx").touch()
+    (tmp_path / "data" / "dataset.json").touch()
     (tmp_path / "job.toml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     return tmp_path

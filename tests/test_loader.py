@@ -14,7 +14,9 @@ import torch
 
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.loader import Loader
+from bigtrain.data.order import Windows
 from bigtrain.data.prefetch import Prefetch
+from bigtrain.data.samples import Samples
 from bigtrain.errors import RunError, UserError
 from bigtrain.model.batch import IGNORE, Batch
 from tests.data_parts import random_documents, small_tokenizer, write_corpus
@@ -29,7 +31,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def loader(corpus: Corpus, **options: object) -> Loader:
-    return Loader(corpus, **{"sequence_length": S, "seed": 5, **options})  # type: ignore[arg-type]
+    length, seed = int(options.pop("sequence_length", S)), int(options.pop("seed", 5))  # type: ignore[call-overload]
+    return Loader(Samples.single(corpus, length, seed), seed=seed, **options)  # type: ignore[arg-type]
+
+
+def windows_of(made: Loader) -> Windows:
+    return made.samples.windows(0, 0)
 
 
 def masked(corpus: Corpus, **options: object) -> Loader:
@@ -54,7 +61,7 @@ def test_tokens_and_targets_are_the_corpus_shifted_by_one(corpus: Corpus) -> Non
     assert batch.counted() == 3 * S
     everything = corpus.read(0, corpus.num_tokens)
     for row, sample in enumerate((3, 700, 12)):
-        start = made.windows.start_of(sample)
+        start = windows_of(made).start_of(sample)
         assert batch.tokens[row].tolist() == everything[start : start + S].tolist()
         assert batch.targets[row].tolist() == everything[start + 1 : start + S + 1].tolist()
     assert {t.dtype for t in (batch.tokens, batch.targets, batch.sample_ids)} == {torch.int64}
@@ -91,7 +98,7 @@ def test_a_row_does_not_depend_on_its_batch(corpus: Corpus, make: object) -> Non
 
 def test_one_epoch_predicts_each_token_at_most_once_and_nearly_all(corpus: Corpus) -> None:
     made = loader(corpus, document_mask=False)
-    starts = made.windows.starts_of(range(made.windows.num_windows))
+    starts = [windows_of(made).start_of(g) for g in range(windows_of(made).num_windows)]
     predicted = np.zeros(corpus.num_tokens, int)
     for start in starts:
         predicted[start + 1 : start + S + 1] += 1
@@ -166,7 +173,7 @@ def test_a_damaged_shard_is_named_with_the_samples(tmp_path: Path, prefetch: int
     data[-40:] = 60000
     made = loader(Corpus.open(folder), prefetch=prefetch)
     data.tofile(damaged)
-    windows = made.windows.num_windows
+    windows = windows_of(made).num_windows
     with pytest.raises(UserError, match=r"train-00000\.bin: token id 60000 .*\(samples \d+\)") as caught:
         list(made.stream([[g]] for g in range(2 * windows)))
     assert caught.value.do
@@ -223,7 +230,7 @@ def test_masking_follows_bert(corpus: Corpus) -> None:
 def test_masking_chooses_at_least_one_token_and_none_where_there_is_none(tmp_path: Path) -> None:
     documents = [np.array([1, 2], np.int32)] * 40 + [np.array([1, 9, 2], np.int32)] * 40
     made = masked(Corpus.open(write_corpus(tmp_path, documents)), sequence_length=8, mask_rate=0.001)
-    batch = made.batch(range(made.windows.num_windows))
+    batch = made.batch(range(windows_of(made).num_windows))
     for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
         assert ((targets != IGNORE).sum() > 0) == bool((tokens > 4).any() or (tokens == 4).any())
 

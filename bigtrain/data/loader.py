@@ -1,4 +1,4 @@
-"""Sample numbers in, batches out: windows of the corpus with their targets and document boundaries."""
+"""Sample numbers in, batches out: sequences of the corpora with their targets and document boundaries."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from bigtrain.data.corpus import Corpus
 from bigtrain.data.masking import mask_tokens
-from bigtrain.data.order import Ints, Windows
+from bigtrain.data.order import Ints
 from bigtrain.data.prefetch import Prefetch
+from bigtrain.data.samples import Row, Samples
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.errors import RunError, UserError
 from bigtrain.model.batch import IGNORE, Batch
@@ -22,7 +22,7 @@ Step = list[list[int]]
 
 
 class Loader:
-    """Makes batches from a corpus. `batch` is a pure function; only `stream` has a thread.
+    """Makes batches from corpora. `batch` is a pure function; only `stream` has a thread.
 
     Causal: S tokens and the S that follow them; the target at the end of a document is IGNORE under
     `document_mask`, for the next token belongs to another document. Masked: S tokens with some hidden, the
@@ -31,9 +31,8 @@ class Loader:
 
     def __init__(
         self,
-        corpus: Corpus,
+        samples: Samples,
         *,
-        sequence_length: int,
         seed: int,
         document_mask: bool = True,
         objective: Literal["causal", "masked"] = "causal",
@@ -44,9 +43,10 @@ class Loader:
     ) -> None:
         """`vocab_size` is the model's; `prefetch` counts steps, 0 reads in the consumer's thread.
 
-        UserError if the model's vocabulary is smaller than the tokenizer's, or the masked objective has no
-        `mask_id`.
+        All corpora have one tokenizer. UserError if the model's vocabulary is smaller than the tokenizer's, or the
+        masked objective has no `mask_id`.
         """
+        corpus = samples.corpora[0]
         if vocab_size is not None and vocab_size < corpus.vocab_size:
             raise UserError(
                 f"model.vocab_size {vocab_size} is smaller than the tokenizer's {corpus.vocab_size}",
@@ -59,8 +59,8 @@ class Loader:
                 where=str(corpus.tokenizer_path),
                 do="prepare the corpus with a tokenizer that bigtrain trains",
             )
+        self.samples = samples
         self.corpus = corpus
-        self.sequence_length = sequence_length
         self.seed = seed
         self.document_mask = document_mask
         self.mask_rate = mask_rate
@@ -68,11 +68,6 @@ class Loader:
         self.prefetch = prefetch
         self._pin = torch.cuda.is_available()
         self._reading: Prefetch[list[Batch]] | None = None
-
-    @cached_property
-    def windows(self) -> Windows:
-        """Where samples start. UserError if the corpus is shorter than one sequence."""
-        return Windows(self.corpus.num_tokens, self.sequence_length, self.seed, where=self.corpus.where)
 
     @cached_property
     def _ordinary(self) -> Ints:
@@ -85,58 +80,59 @@ class Loader:
 
         UserError if a shard is damaged.
         """
-        return self._make(sample_ids, self.windows.starts_of(sample_ids))
+        rows = self.samples.rows(sample_ids)
+        return self._make(sample_ids, rows, self.samples.length_of(sample_ids[0]))
 
     def validation_windows(self) -> int:
-        """Sequences in the corpus read from front to back, the last one possibly cut short."""
-        return -(-(self.corpus.num_tokens - 1) // self.sequence_length)
+        """Sequences in the corpora read from front to back, the last one of each possibly cut short."""
+        return self.samples.in_order
 
     def validation_batches(
         self, n_sequences: int, microbatch: int, *, rank: int = 0, ranks: int = 1
     ) -> Iterator[Batch]:
-        """The first `n_sequences` windows in their order (all, if there are fewer), this rank's share.
+        """The first `n_sequences` sequences from front to back (all, if there are fewer), this rank's share.
 
-        Every batch has `microbatch` rows and every rank equally many batches; rows beyond the windows, and
-        the end of a window cut short, are padding with target IGNORE.
-        UserError if the corpus has no token to predict.
+        Of several corpora: see Samples.front_to_back. Every batch has `microbatch` rows and every rank equally many
+        batches; rows beyond the sequences, and the end of one cut short, are padding with target IGNORE.
+        UserError if the corpora have no token to predict.
         """
-        available = self.validation_windows()
-        if available < 1:
+        rows = self.samples.front_to_back(n_sequences)
+        if not rows:
             raise UserError(
                 "there is nothing to evaluate on: the split is empty",
                 where=self.corpus.where,
                 do="prepare the corpus with a larger validation_fraction",
             )
-        count = min(n_sequences, available)
         stride = microbatch * ranks
-        for first in range(rank * microbatch, -(-count // stride) * stride, stride):
-            rows = range(first, first + microbatch)
-            end = self.corpus.num_tokens
-            yield self._make(rows, [r * self.sequence_length if r < count else end for r in rows])
+        for first in range(rank * microbatch, -(-len(rows) // stride) * stride, stride):
+            mine = range(first, first + microbatch)
+            yield self._make(mine, [rows[r] if r < len(rows) else () for r in mine], self.samples.lengths[0])
 
-    def _make(self, sample_ids: Sequence[int], starts: Sequence[int]) -> Batch:
-        """Windows at the given starts; what lies behind the end of the corpus is padding."""
-        S = self.sequence_length
-        window = np.zeros((len(starts), S + 1), np.int64)
+    def _make(self, sample_ids: Sequence[int], rows: Sequence[Row], S: int) -> Batch:
+        """The pieces of each row one after another; what is left of S tokens is padding."""
+        tokens = np.zeros((len(rows), S), np.int64)
+        targets = np.full((len(rows), S), IGNORE, np.int64)
+        new = np.zeros(tokens.size + 1, bool)  # where a document, or a piece of one, starts
+        new[::S] = True
         sizes = []
-        for row, start in enumerate(starts):
-            size = min(S + 1, self.corpus.num_tokens - start)
-            window[row, :size] = self.corpus.read(start, size)
+        for row, pieces in enumerate(rows):
+            size = 0
+            for corpus, start, count in pieces:
+                read = corpus.read(start, min(count + 1, corpus.num_tokens - start))
+                tokens[row, size : size + count] = read[:count]
+                targets[row, size : size + len(read) - 1] = read[1:]
+                new[row * S + size] = True
+                size += count
+            new[row * S + size] = True
             sizes.append(size)
-        tokens, targets = window[:, :S], window[:, 1:].copy()
         is_end = tokens == self.corpus.eos_id
         if self.mask_id is not None:
             tokens, targets = self._hide(tokens, sample_ids)
+            for row, size in enumerate(sizes):
+                targets[row, size:] = IGNORE
         elif self.document_mask:
             targets[is_end] = IGNORE
-        new = np.zeros(tokens.size + 1, bool)  # where a document starts
-        new[1:] = is_end.ravel()
-        new[::S] = True
-        for row, size in enumerate(sizes):
-            if size <= S:
-                # the last real token predicts nothing; a masked model may still guess it if hidden
-                targets[row, size if self.mask_id is not None else max(size - 1, 0) :] = IGNORE
-                new[row * S + size] = True
+        new[1:] |= is_end.ravel()
         cu_seqlens = np.flatnonzero(new).astype(np.int32) if self.document_mask else None
         return self._tensors(tokens, targets, cu_seqlens, sample_ids)
 
@@ -172,7 +168,7 @@ class Loader:
         RunError for anything else.
         """
         self.close()
-        _ = self.windows  # too few tokens: say so now, not in the thread
+        self.samples.check()  # too few tokens: say so now, not in the thread
         device = torch.cuda.current_device() if self._pin else None
         steps = self._steps(plan, device)
         if self.prefetch == 0:

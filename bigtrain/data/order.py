@@ -7,7 +7,6 @@ constant time and memory, so the whole state of the data order is one integer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,15 +96,6 @@ class SampleOrder:
         epoch, ordinal = divmod(sample, self.num_windows)
         return epoch, self._permutation(epoch)(ordinal)
 
-    def windows_of(self, samples: Ints) -> tuple[Ints, Ints]:
-        """`window_of` for an int64 array: epochs and windows, both of its length."""
-        epochs, ordinals = np.divmod(samples, self.num_windows)
-        windows = np.empty_like(ordinals)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            windows[chosen] = self._permutation(int(epoch)).array(ordinals[chosen])
-        return epochs, windows
-
     def _permutation(self, epoch: int) -> Permutation:
         number, permutation = self._newest
         if number != epoch:  # samples come in order, so the newest permutation is nearly always the one
@@ -144,15 +134,6 @@ class Windows:
         """First token of sample g; its S + 1 tokens all lie in the corpus."""
         epoch, window = self.order.window_of(sample)
         return self.offset(epoch) + window * self.sequence_length
-
-    def starts_of(self, samples: Sequence[int]) -> list[int]:
-        """`start_of` for each sample; a few are faster one by one (6 us each), many as an array."""
-        if len(samples) < 64:
-            return [self.start_of(sample) for sample in samples]
-        epochs, windows = self.order.windows_of(np.asarray(samples, np.int64))
-        offsets = {epoch: self.offset(epoch) for epoch in np.unique(epochs).tolist()}
-        pairs = zip(epochs.tolist(), windows.tolist(), strict=True)
-        return [offsets[epoch] + window * self.sequence_length for epoch, window in pairs]
 
     def offset(self, epoch: int) -> int:
         """Tokens left out before the first window of an epoch."""

@@ -121,7 +121,7 @@ def estimate(
     batches = BatchSchedule.of(config)
     if tokens is None:
         steps = batches.total_steps(config, Progress())
-        tokens = batches.samples(steps) * config.data.sequence_length
+        tokens = batches.ahead(Progress(), steps).tokens
     else:
         steps = -(-tokens // job.tokens_per_step)
     time, stages = time_of(job, cluster, constants), memory_of(job)
