@@ -41,7 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bigtrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
-        *(_add_prepare, _add_plan, _add_train, _add_launch, _add_generate, _add_evaluate, _add_inspect),
+        *(
+            _add_prepare,
+            _add_plan,
+            _add_train,
+            _add_launch,
+            _add_generate,
+            _add_evaluate,
+            _add_inspect,
+            _add_data,
+        ),
         *(_add_doctor, _add_top, _add_report, _add_export, _add_import, _add_quickstart),
     ):
         add(verbs)
@@ -269,6 +278,39 @@ def _add_evaluate(verbs: Verbs) -> None:
     p.add_argument("--sequences", type=int, default=0, help="sequences to read (default: all)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.set_defaults(run_verb=_evaluate)
+
+
+def _add_data(verbs: Verbs) -> None:
+    p = verbs.add_parser("data", help="what a step of training reads", formatter_class=_Raw)
+    p = p.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser(
+        "show",
+        help="the documents of any global batch",
+        formatter_class=_Raw,
+        description="Print the documents that a step reads, also of a step far ahead: the order of the samples is a\n"
+        "formula, so nothing is read but these documents.",
+        epilog="""\
+examples:
+  bigtrain data show llama-8b --step 120000
+  bigtrain data show runs/mine --step 4711 --text 200       a run: also knows what its rollbacks left out
+  bigtrain data show mine.toml --sample 77 --sample 78 --json
+
+A step or a run that met bad samples goes on without them with --set data.skip='[[77, 78]]'.""",
+    )
+    p.add_argument(
+        "config", metavar="CONFIG", help="a run directory, a TOML file, or a shipped config by name"
+    )
+    _set_argument(p, "change one key: --set data.skip='[[0, 7]]' (repeatable)")
+    p.add_argument(
+        "--step", type=int, metavar="N", help="what optimizer step N (from 1, as metrics count) reads"
+    )
+    p.add_argument(
+        "--sample", type=int, action="append", default=[], metavar="G", help="one sample (repeatable)"
+    )
+    p.add_argument(
+        "--text", type=int, default=60, metavar="N", help="characters of each document (default 60)"
+    )
+    p.add_argument("--json", action="store_true", help="one JSON object a sample")
+    p.set_defaults(run_verb=_data)
 
 
 def _add_inspect(verbs: Verbs) -> None:
@@ -507,6 +549,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from bigtrain.evaluate import evaluate_command
 
     return evaluate_command(args)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from bigtrain.showing import data_command
+
+    return data_command(args)
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -343,12 +343,12 @@ def _changes(path: Path, config: Config, data: str, former: Mapping[str, Any]) -
     return {key: f"{key}: {_shown(old.get(key))} in the run, {_shown(new.get(key))} now" for key in keys}
 
 
-def _flat(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+def _flat(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """All settings under their dotted keys."""
     found: dict[str, Any] = {}
-    for key in type(section).model_fields:
-        value = getattr(section, key)
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, BaseModel) else {prefix + key: value}
+    for key, value in section.items() if isinstance(section, Mapping) else section:
+        nested = isinstance(value, BaseModel | dict)
+        found |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return found
 
 

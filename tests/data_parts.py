@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bigtrain.data.manifest import TOKENIZER, write_manifest
-from bigtrain.data.shards import ShardWriter
+from bigtrain.data.shards import MAX_SEQUENCE, ShardWriter
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.vocabulary import Kind, train_tokenizer
 
@@ -54,14 +54,21 @@ def random_documents(count: int, longest: int, seed: int = 0) -> list[np.ndarray
     return [np.concatenate([[1], body, [2]]).astype(np.int32) for body in bodies]
 
 
-def write_corpus(folder: Path, documents: list[np.ndarray], *, shards: int = 1, split: str = "train") -> Path:
+def write_corpus(
+    folder: Path,
+    documents: list[np.ndarray],
+    *,
+    shards: int = 1,
+    split: str = "train",
+    max_sequence: int = MAX_SEQUENCE,
+) -> Path:
     """A prepared folder that holds the documents in `shards` shards of one split."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = small_tokenizer()
     (folder / TOKENIZER).write_bytes(tokenizer.model)
     infos = []
     for number, group in enumerate(np.array_split(np.arange(len(documents)), shards)):
-        writer = ShardWriter(folder / f"{split}-{number:05d}", tokenizer)
+        writer = ShardWriter(folder / f"{split}-{number:05d}", tokenizer, max_sequence=max_sequence)
         for i in group:
             writer.add(documents[i], text_bytes=len(documents[i]), source=f"document {i}")
         infos.append(writer.close())

@@ -163,6 +163,11 @@ class Corpus:
             )
         return out
 
+    def locate(self, position: int) -> tuple[Path, int, int]:
+        """The `.bin` that holds a token, the token's number in it, and how many there are in it."""
+        number = int(np.searchsorted(self._starts, position, "right")) - 1
+        return self._parts[number].path, position - int(self._starts[number]), self._parts[number].tokens
+
     def _map(self, number: int) -> np.ndarray[Any, Any]:
         with self._lock:
             if number in self._maps:
