@@ -101,6 +101,21 @@ examples:
     p.set_defaults(run_verb=_prepare)
 
 
+def _add_pack(verbs: Verbs) -> None:
+    p = verbs.add_parser(
+        "pack",
+        help="put whole documents together into sequences, for data.packing = best_fit",
+        formatter_class=_Raw,
+        description="Pack the documents of a prepared corpus by best fit: only those longer than a sequence are cut,\n"
+        'and hardly any padding is needed. Writes a file beside each shard; train with data.packing = "best_fit".',
+        epilog="example:\n  bigtrain pack data/books --sequence-length 4096",
+    )
+    p.add_argument("corpus", metavar="CORPUS", help="a folder that bigtrain prepare wrote")
+    p.add_argument("--sequence-length", type=int, required=True, metavar="S", help="tokens in a sequence")
+    p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
+    p.set_defaults(run_verb=_pack)
+
+
 def _add_plan(verbs: Verbs) -> None:
     p = verbs.add_parser(
         "plan",
@@ -549,6 +564,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from bigtrain.evaluate import evaluate_command
 
     return evaluate_command(args)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from bigtrain.preparing import pack_command
+
+    return pack_command(args)
 
 
 def _data(args: argparse.Namespace) -> int:

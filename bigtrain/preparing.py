@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
+from bigtrain.data.packing import pack_corpus
 from bigtrain.data.prepare import PrepareOptions, PrepareSummary, Progress, prepare
 from bigtrain.errors import BigtrainError
 from bigtrain.place import discover
@@ -121,4 +123,26 @@ def _prepare(args: argparse.Namespace) -> int:
             unit_mb=args.unit_mb,
         )
     )
+    return 0
+
+
+def pack_command(args: argparse.Namespace) -> int:
+    """Run the verb `pack`."""
+    folder, size = Path(args.corpus), args.sequence_length
+
+    def tell(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[Kpacking {done:,} of {total:,} shards", end="", file=sys.stderr, flush=True)
+
+    packed = pack_corpus(folder, size, workers=args.workers or len(os.sched_getaffinity(0)), tell=tell)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    for split, infos in packed.items():
+        sequences, tokens = sum(i.sequences for i in infos), sum(i.tokens for i in infos)
+        documents, cut = sum(i.documents for i in infos), sum(i.cut for i in infos)
+        padding = 1 - tokens / (sequences * size) if sequences else 0.0
+        print(
+            f"{split:16s} {sequences:,} sequences of {size:,} tokens, {padding:.3%} padding; {cut:,} of {documents:,} "
+            "documents are longer and cut"
+        )
     return 0

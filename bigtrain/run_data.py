@@ -11,7 +11,7 @@ from bigtrain.config import Config
 from bigtrain.data.blend import Stage, quotas, within_limits
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.manifest import Split
-from bigtrain.data.samples import Samples
+from bigtrain.data.samples import BestFit, Chunks, Samples
 from bigtrain.errors import UserError
 
 
@@ -28,14 +28,11 @@ def samples_of(config: Config) -> Samples:
         weights.append([by_name.get(name, 0.0) for name in corpora])
     starts = list(_stages(config))
     try:
-        samples = Samples(
-            corpora,
-            [Stage(s, quotas(w)) for s, w in zip(starts, weights, strict=True)],
-            lengths,
-            config.train.seed,
-        )
+        stages = [Stage(start, quotas(each)) for start, each in zip(starts, weights, strict=True)]
     except ValueError as e:
         raise UserError(str(e), where="data.sources", do="leave out sources that are hardly read") from e
+    cut = BestFit if config.data.packing == "best_fit" else Chunks
+    samples = Samples(corpora, stages, lengths, config.train.seed, cut=cut)
     samples.check()
     return _reweighted(config, samples, weights) if config.data.at_limit == "reweight" else samples
 
@@ -92,15 +89,14 @@ def _reweighted(config: Config, samples: Samples, weights: Sequence[Sequence[flo
     stages, lengths = [], {}
     for number, stage in enumerate(samples.blend.stages):
         limits = [
-            None if epochs is None else epochs * samples.windows(i, number).num_windows
-            for i, epochs in enumerate(most)
+            None if epochs is None else epochs * samples.epoch(i, number) for i, epochs in enumerate(most)
         ]
         stages.append((stage.start, weights[number], limits))
         lengths[stage.start] = samples.lengths[number]
-    cut, end = within_limits(stages, config.train.seed)
-    of_each = [lengths[max(start for start in lengths if start <= stage.start)] for stage in cut]
+    limited, end = within_limits(stages, config.train.seed)
+    of_each = [lengths[max(start for start in lengths if start <= stage.start)] for stage in limited]
     corpora = dict(zip(samples.names, samples.corpora, strict=True))
-    return Samples(corpora, cut, of_each, config.train.seed, end=end)
+    return Samples(corpora, limited, of_each, config.train.seed, cut=samples.make_cut, end=end)
 
 
 def check_limits(config: Config, samples: Samples, last: int) -> None:

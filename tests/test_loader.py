@@ -36,7 +36,7 @@ def loader(corpus: Corpus, **options: object) -> Loader:
 
 
 def windows_of(made: Loader) -> Windows:
-    return made.samples.windows(0, 0)
+    return Windows(made.corpus.num_tokens, made.samples.lengths[0], made.seed)
 
 
 def masked(corpus: Corpus, **options: object) -> Loader:

@@ -117,7 +117,7 @@ def test_absurd_weights_are_refused(folder: Path) -> None:
 def test_a_source_that_would_be_read_too_often_is_refused_or_gives_way(folder: Path) -> None:
     limited = config(folder, of={"books": {"max_epochs": 1.5}, "code": {"max_epochs": 4.0}})
     samples = samples_of(limited)
-    number = samples.windows(2, 0).num_windows
+    number = samples.epoch(2, 0)
     check_limits(limited, samples, int(number * 1.4 * 3))
     with pytest.raises(UserError, match=r"books would be read .* times, its max_epochs is 1.5"):
         check_limits(limited, samples, 10 * number)
@@ -132,7 +132,7 @@ def test_a_source_that_would_be_read_too_often_is_refused_or_gives_way(folder: P
     of = {name: {"max_epochs": 2.0} for name in ("web", "code", "books")}
     ends = config(folder, of=of, at_limit="reweight")
     samples = samples_of(ends)
-    assert samples.end == 2 * sum(samples.windows(i, 0).num_windows for i in range(3))
+    assert samples.end == 2 * sum(samples.epoch(i, 0) for i in range(3))
     check_limits(ends, samples, samples.end - 1)
     with pytest.raises(UserError, match="all sources have reached their max_epochs"):
         check_limits(ends, samples, samples.end)

@@ -12,6 +12,7 @@ from bigtrain.budget import BatchSchedule, Length, Progress, rank_samples
 from bigtrain.data.blend import Stage
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.loader import Loader
+from bigtrain.data.order import Windows
 from bigtrain.data.samples import Samples
 from bigtrain.errors import UserError
 from bigtrain.model.batch import IGNORE
@@ -37,7 +38,7 @@ def blend(corpora: dict[str, Corpus], *stages: tuple[int, tuple[int, ...], int],
 
 def test_one_source_is_read_as_ever(corpora: dict[str, Corpus]) -> None:
     alone = Samples.single(corpora["web"], S, 5)
-    windows = alone.windows(0, 0)
+    windows = Windows(corpora["web"].num_tokens, S, 5)
     assert [alone.origin(g).row[0].start for g in range(500)] == [windows.start_of(g) for g in range(500)]
     blended = blend({k: corpora[k] for k in ("web", "code")}, (0, (1, 0), S), (100, (1, 1), S))
     assert [blended.origin(g) for g in range(100)] == [alone.origin(g) for g in range(100)]
@@ -49,7 +50,7 @@ def test_each_window_of_each_source_once_an_epoch_also_when_weights_change(
     made = blend(corpora, (0, (6, 3, 1), S), (333, (1, 1, 8), S), (500, (4, 4, 0), S))
     origins = [made.origin(g) for g in range(4000)]
     for source in range(3):
-        number = made.windows(source, 0).num_windows
+        number = made.epoch(source, 0)
         mine = [(o.epoch, o.window) for o in origins if o.source == source]
         assert len(set(mine)) == len(mine)
         counted = Counter(epoch for epoch, _ in mine)
@@ -65,7 +66,7 @@ def test_a_changed_length_begins_a_new_epoch_of_every_source(corpora: dict[str, 
     made = blend(corpora, (0, (2, 1, 1), S), (200, (2, 1, 1), 2 * S), (300, (1, 1, 0), 2 * S))
     assert [made.length_of(g) for g in (0, 199, 200, 299, 300)] == [S, S, 2 * S, 2 * S, 2 * S]
     for source in (0, 1):
-        number = made.windows(source, 1).num_windows
+        number = made.epoch(source, 1)
         later = [made.origin(g) for g in range(200, 2000)]
         mine = [(o.epoch, o.window) for o in later if o.source == source]
         assert {o.row[0].size for o in later} == {2 * S}
@@ -76,9 +77,7 @@ def test_a_changed_length_begins_a_new_epoch_of_every_source(corpora: dict[str, 
         Counter(made.origin(g).source for g in range(200)),
         Counter(made.origin(g).source for g in range(200, 900)),
     )
-    epochs = [
-        [count[i] / made.windows(i, stage).num_windows for i in range(3)] for stage, count in enumerate(read)
-    ]
+    epochs = [[count[i] / made.epoch(i, stage) for i in range(3)] for stage, count in enumerate(read)]
     expected = [sum(both) for both in zip(*epochs, strict=True)]
     assert made.epochs(900) == pytest.approx(expected)
 

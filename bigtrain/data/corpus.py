@@ -44,9 +44,14 @@ class Corpus:
         text_bytes: int,
         longest: int,
         where: str,
+        folder: Path | None = None,
+        split: Split = "train",
     ) -> None:
         """Use `Corpus.open`."""
         self.where = where
+        self.folder = folder
+        """Of a corpus that `bigtrain prepare` wrote; None of a Megatron one."""
+        self.split = split
         self.tokenizer_path = tokenizer.path
         self.tokenizer_sha256 = tokenizer.sha256
         self.vocab_size = tokenizer.vocab_size
@@ -106,6 +111,8 @@ class Corpus:
             text_bytes=sum(s.text_bytes for s in shards),
             longest=max((s.longest for s in shards), default=0),
             where=f"{folder} ({split})",
+            folder=folder,
+            split=split,
         )
 
     @classmethod

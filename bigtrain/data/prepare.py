@@ -30,7 +30,9 @@ from bigtrain.data.units import Piece, Unit, spread, unit_bytes, units_of
 from bigtrain.data.vocabulary import Kind, train_tokenizer
 from bigtrain.errors import RunError, UserError
 
-_SHARD_FILE = re.compile(r"(train|validation)-\d{5}(-\d+)?\.(bin|idx|json)(\.tmp)?|dataset\.json\.tmp")
+_SHARD_FILE = re.compile(
+    r"(train|validation)-\d{5}(-\d+)?\.(bin|idx|json|pack\d+)(\.tmp)?|dataset\.json\.tmp|pack\d+\.json(\.tmp)?"
+)
 _TOKENIZER_OF = "tokenizer.request"
 """What the tokenizer here was trained for, until the corpus is finished."""
 _SAMPLED_FROM = 16

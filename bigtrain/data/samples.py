@@ -6,12 +6,14 @@ A blend (blend.py) says which source it is and which of that source's samples; t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from bigtrain.data.blend import Blend, Stage, quotas
 from bigtrain.data.corpus import Corpus
-from bigtrain.data.order import Windows, key
+from bigtrain.data.order import SampleOrder, Windows, key
+from bigtrain.data.packing import Packs
+from bigtrain.errors import UserError
 
 
 class Piece(NamedTuple):
@@ -24,6 +26,53 @@ class Piece(NamedTuple):
 
 Row = tuple[Piece, ...]
 """One sequence: pieces one after another, together at most the sequence length."""
+
+
+class Cut(Protocol):
+    """How a corpus becomes sequences: which there are, and in which order."""
+
+    @property
+    def order(self) -> SampleOrder:
+        """Its sequences in every epoch."""
+
+    def row(self, epoch: int, window: int) -> Row:
+        """What sequence number `window` holds in an epoch."""
+
+
+class Chunks:
+    """Documents one after another, cut every S tokens."""
+
+    def __init__(self, corpus: Corpus, size: int, seed: int) -> None:
+        """UserError if the corpus is shorter than one sequence."""
+        self._corpus = corpus
+        self._windows = Windows(corpus.num_tokens, size, seed, where=corpus.where)
+        self.order = self._windows.order
+
+    def row(self, epoch: int, window: int) -> Row:
+        """See `Cut`."""
+        size = self._windows.sequence_length
+        return (Piece(self._corpus, self._windows.offset(epoch) + window * size, size),)
+
+
+class BestFit:
+    """Whole documents, packed by `bigtrain pack`."""
+
+    def __init__(self, corpus: Corpus, size: int, seed: int) -> None:
+        """UserError if the corpus was not packed, or is empty."""
+        if corpus.folder is None:
+            raise UserError(
+                'data.packing = "best_fit" needs a corpus that bigtrain prepared, and this is a Megatron one',
+                where=corpus.where,
+                do='set data.packing = "chunk"',
+            )
+        self._corpus, self._packs = corpus, Packs.open(corpus.folder, corpus.split, size)
+        if not self._packs.count:
+            raise UserError("has no documents", where=corpus.where, do="prepare more text")
+        self.order = SampleOrder(self._packs.count, seed)
+
+    def row(self, epoch: int, window: int) -> Row:
+        """See `Cut`: the same documents in every epoch."""
+        return tuple(Piece(self._corpus, start, size) for start, size in self._packs.parts(window))
 
 
 class Origin(NamedTuple):
@@ -45,14 +94,17 @@ class Samples:
         lengths: Sequence[int],
         seed: int,
         *,
+        cut: Callable[[Corpus, int, int], Cut] = Chunks,
         end: int | None = None,
     ) -> None:
         """`sources` by name, in the order of the stages' quotas; `lengths`: sequence length S of every stage.
 
+        `cut`: how a corpus becomes sequences of S tokens, by a seed.
         `end`: there are no samples from this one on (None: there always are).
         """
         assert len(stages) == len(lengths)
         self.end = end
+        self.make_cut = cut
         self.names = tuple(sources)
         self.corpora = tuple(sources.values())
         self.lengths = tuple(lengths)
@@ -63,7 +115,7 @@ class Samples:
         self._anew = [0]
         for i in range(1, len(stages)):
             self._anew.append(self._anew[-1] if lengths[i] == lengths[i - 1] else i)
-        self._windows: dict[tuple[int, int], Windows] = {}
+        self._cuts: dict[tuple[int, int], Cut] = {}
 
     @classmethod
     def single(cls, corpus: Corpus, sequence_length: int, seed: int) -> Samples:
@@ -74,32 +126,34 @@ class Samples:
         """Sequence length S of a sample."""
         return self.lengths[self.blend.stage_of(sample)]
 
-    def windows(self, source: int, stage: int) -> Windows:
-        """How a source is cut in a stage. UserError if it is shorter than one sequence."""
+    def cut(self, source: int, stage: int) -> Cut:
+        """The sequences of a source in a stage. UserError if it has none."""
         anew = self._anew[stage]
-        if (source, anew) not in self._windows:
+        if (source, anew) not in self._cuts:
             # The first source of a run is read as if it were the only one.
             seed = key(self._seed, 4, source, self.blend.stages[anew].start) if source or anew else self._seed
-            corpus = self.corpora[source]
-            windows = Windows(corpus.num_tokens, self.lengths[stage], seed, where=corpus.where)
-            self._windows[source, anew] = windows
-        return self._windows[source, anew]
+            self._cuts[source, anew] = self.make_cut(self.corpora[source], self.lengths[stage], seed)
+        return self._cuts[source, anew]
+
+    def epoch(self, source: int, stage: int) -> int:
+        """Samples in one epoch of a source in a stage."""
+        return self.cut(source, stage).order.num_windows
 
     def check(self) -> None:
         """UserError if a source is shorter than one sequence of a stage that reads it."""
         for number, stage in enumerate(self.blend.stages):
             for source, quota in enumerate(stage.quotas):
                 if quota:
-                    self.windows(source, number)
+                    self.cut(source, number)
 
     def origin(self, sample: int) -> Origin:
         """Where sample g >= 0 comes from."""
         number = self.blend.stage_of(sample)
         source, ordinal = self.blend.place(sample)
         ordinal -= int(self.blend.before(self._anew[number])[source])
-        windows, corpus, S = self.windows(source, number), self.corpora[source], self.lengths[number]
-        epoch, window = windows.order.window_of(ordinal)
-        return Origin(source, epoch, window, (Piece(corpus, windows.offset(epoch) + window * S, S),))
+        cut = self.cut(source, number)
+        epoch, window = cut.order.window_of(ordinal)
+        return Origin(source, epoch, window, cut.row(epoch, window))
 
     def epochs(self, samples: int) -> list[float]:
         """How often the first `samples` samples read each source."""
@@ -111,7 +165,7 @@ class Samples:
                 break
             read = self.blend.consumed(min(until, samples)) - self.blend.before(anew)
             for source, count in enumerate(read.tolist()):
-                found[source] += count / self.windows(source, anew).num_windows if count else 0
+                found[source] += count / self.epoch(source, anew) if count else 0
         return found
 
     def rows(self, samples: Sequence[int]) -> list[Row]:
