@@ -41,17 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bigtrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (
-        *(
-            _add_prepare,
-            _add_plan,
-            _add_train,
-            _add_launch,
-            _add_generate,
-            _add_evaluate,
-            _add_inspect,
-            _add_data,
-        ),
-        *(_add_doctor, _add_top, _add_report, _add_export, _add_import, _add_quickstart),
+        *(_add_prepare, _add_pack, _add_data, _add_plan, _add_train, _add_launch, _add_generate),
+        *(_add_evaluate, _add_inspect, _add_doctor, _add_top, _add_report, _add_export, _add_import),
+        _add_quickstart,
     ):
         add(verbs)
     return parser
