@@ -76,6 +76,19 @@ examples:
     p.add_argument("--tokenizer-sample-mb", type=float, default=50.0, help="text to train the tokenizer on")
     p.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
     p.add_argument("--text-key", default="text", help="field with the text in .jsonl and .parquet")
+    p.add_argument(
+        "--chat-key", default="", metavar="KEY", help="JSON lines hold conversations: [{role, content}, ...]"
+    )
+    p.add_argument(
+        "--prompt-key", default="", metavar="KEY", help="JSON lines hold a prompt and a response ..."
+    )
+    p.add_argument("--response-key", default="", metavar="KEY", help="... only responses are learned")
+    p.add_argument(
+        "--chat-template",
+        default="",
+        metavar="NAME",
+        help="none, plain, chatml, or a TOML file: before and after in [system], [user], [assistant]",
+    )
     p.add_argument("--bad-utf8", choices=["replace", "skip", "fail"], default="replace")
     p.add_argument("--max-bad", type=float, default=0.1, help="give up above this share of malformed lines")
     p.add_argument(

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class _Part:
     path: Path
     dtype: str
     tokens: int
+    masked: bool = False
+    """There is a `.mask` beside it."""
 
 
 class Corpus:
@@ -62,10 +64,12 @@ class Corpus:
         """UTF-8 bytes of the text behind the tokens; 0 if unknown (plain Megatron corpus)."""
         self.longest = longest
         """Tokens of the longest document."""
+        self.masked = any(part.masked for part in parts)
+        """Whether some tokens are no targets: a corpus of conversations."""
         self._parts = parts
         self._starts = np.cumsum([0, *(part.tokens for part in parts)])
         self.num_tokens = int(self._starts[-1])
-        self._maps: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
+        self._maps: OrderedDict[tuple[int, str], np.ndarray[Any, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -96,7 +100,8 @@ class Corpus:
         shards = manifest.splits.get(split, ())
         for shard in shards:
             file = folder / f"{shard.name}.bin"
-            _check_size(file, shard.bin_bytes)
+            for suffix in (".bin", *([".mask"] if shard.mask_crc32 is not None else [])):
+                _check_size(folder / f"{shard.name}{suffix}", shard.files[suffix])
             if shard.max_id >= tokenizer.vocab_size or shard.bin_bytes != shard.tokens * _width(shard.dtype):
                 raise UserError(
                     f"holds ids up to {shard.max_id} in {shard.dtype}, which does not fit its tokenizer of "
@@ -105,7 +110,7 @@ class Corpus:
                     do=_AGAIN,
                 )
         return cls(
-            [_Part(folder / f"{s.name}.bin", s.dtype, s.tokens) for s in shards],
+            [_Part(folder / f"{s.name}.bin", s.dtype, s.tokens, s.mask_crc32 is not None) for s in shards],
             tokenizer,
             manifest.digest,
             text_bytes=sum(s.text_bytes for s in shards),
@@ -151,14 +156,8 @@ class Corpus:
         """
         assert 0 <= start <= start + count <= self.num_tokens, (start, count, self.num_tokens)
         out = np.empty(count, np.int64)
-        done = 0
-        number = int(np.searchsorted(self._starts, start, "right")) - 1
-        while done < count:
-            offset = start + done - int(self._starts[number])
-            piece = self._map(number)[offset : offset + count - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-            number += 1
+        for done, number, offset, size in self._stretches(start, count):
+            out[done : done + size] = self._map(number, ".bin")[offset : offset + size]
         if count and (out.max() >= self.vocab_size or out.min() < 0):
             bad = int(np.argmax((out >= self.vocab_size) | (out < 0)))
             shard = int(np.searchsorted(self._starts, start + bad, "right")) - 1
@@ -175,18 +174,40 @@ class Corpus:
         number = int(np.searchsorted(self._starts, position, "right")) - 1
         return self._parts[number].path, position - int(self._starts[number]), self._parts[number].tokens
 
-    def _map(self, number: int) -> np.ndarray[Any, Any]:
+    def read_mask(self, start: int, count: int) -> np.ndarray[Any, Any]:
+        """Which of the tokens start .. start + count - 1 are targets, bool (count,)."""
+        out = np.ones(count, bool)
+        for done, number, offset, size in self._stretches(start, count):
+            if self._parts[number].masked:
+                first, last = offset // 8, (offset + size + 7) // 8
+                bits = np.unpackbits(self._map(number, ".mask")[first:last], bitorder="little")
+                out[done : done + size] = bits[offset % 8 : offset % 8 + size]
+        return out
+
+    def _stretches(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """Tokens as stretches inside shards: (tokens before it, shard, first token in the shard, tokens)."""
+        done = 0
+        number = int(np.searchsorted(self._starts, start, "right")) - 1
+        while done < count:
+            offset = start + done - int(self._starts[number])
+            size = min(count - done, self._parts[number].tokens - offset)
+            yield done, number, offset, size
+            done += size
+            number += 1
+
+    def _map(self, number: int, suffix: str) -> np.ndarray[Any, Any]:
         with self._lock:
-            if number in self._maps:
-                self._maps.move_to_end(number)
-                return self._maps[number]
+            if (number, suffix) in self._maps:
+                self._maps.move_to_end((number, suffix))
+                return self._maps[number, suffix]
             part = self._parts[number]
-            empty = np.empty(0, part.dtype)
+            dtype = np.dtype(part.dtype if suffix == ".bin" else np.uint8)
+            file = part.path.with_name(part.path.name.removesuffix(".bin") + suffix)
             try:
-                mapped = np.memmap(part.path, np.dtype(part.dtype), "r") if part.tokens else empty
+                mapped = np.memmap(file, dtype, "r") if part.tokens else np.empty(0, dtype)
             except OSError as error:
-                raise UserError("cannot open the shard", where=str(part.path), do=_AGAIN) from error
-            self._maps[number] = mapped
+                raise UserError("cannot open the shard", where=str(file), do=_AGAIN) from error
+            self._maps[number, suffix] = mapped
             if len(self._maps) > _OPEN:
                 self._maps.popitem(last=False)
             return mapped
@@ -228,8 +249,12 @@ def verify(path: str | Path) -> int:
                             where=str(file),
                             do=_AGAIN,
                         )
+            if shard.mask_crc32 is not None:
+                mask = folder / f"{shard.name}.mask"
+                if zlib.crc32(mask.read_bytes()) != shard.mask_crc32:
+                    raise UserError("was altered: its checksum differs", where=str(mask), do=_AGAIN)
             _verify_index(folder / f"{shard.name}.idx", shard.idx_bytes, shard.idx_crc32, shard.tokens)
-            total += shard.bin_bytes + shard.idx_bytes
+            total += sum(shard.files.values())
     return total
 
 

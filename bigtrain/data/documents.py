@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bigtrain.data.chats import ChatFormat, Segments
 from bigtrain.data.sources import Source
 from bigtrain.data.tokenizer import replace_surrogates
 from bigtrain.data.units import Piece, whole
@@ -31,6 +32,8 @@ class Document:
     text: str
     source: str
     """The file, file:line, or file@byte inside a part of a large file."""
+    segments: Segments = ()
+    """Of a conversation: its text in parts, each with whether it is learned. () where all is."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class ReadOptions:
     """Invalid bytes: replace each by U+FFFD, skip the document, or fail."""
     max_bad: float = 0.1
     """Share of a file's lines or rows that may be unusable."""
+    chat: ChatFormat | None = None
+    """JSON lines hold conversations."""
 
 
 @dataclass
@@ -98,7 +103,9 @@ def read_documents(
     for given in sources:
         piece = given if isinstance(given, Piece) else whole(given)
         for text, where in readers[piece.source.kind](piece, options, report, behind):
-            clean, surrogates = replace_surrogates(text)
+            clean, surrogates = replace_surrogates(
+                text if isinstance(text, str) else "".join(t for t, _ in text)
+            )
             if surrogates and len(report.examples) < _EXAMPLES:
                 report.examples.append(f"{where}: lone surrogate")
             report.surrogates += surrogates
@@ -107,7 +114,8 @@ def read_documents(
                 continue
             report.documents += 1
             report.text_bytes += len(clean) if clean.isascii() else len(clean.encode())
-            yield Document(clean, where)
+            segments = () if isinstance(text, str) else tuple((replace_surrogates(t)[0], c) for t, c in text)
+            yield Document(clean, where, segments)
         behind += piece.size
         report.position = behind
 
@@ -169,7 +177,9 @@ class _Share:
             )
 
 
-def _json_lines(piece: Piece, options: ReadOptions, report: Report, behind: int) -> Iterator[tuple[str, str]]:
+def _json_lines(
+    piece: Piece, options: ReadOptions, report: Report, behind: int
+) -> Iterator[tuple[str | Segments, str]]:
     source = piece.source
     file = str(source.path)
     share = _Share(source, options, report)
@@ -188,11 +198,11 @@ def _json_lines(piece: Piece, options: ReadOptions, report: Report, behind: int)
                 lines += 1
                 decoded = _decode(line, where, file, offset, options, report)
                 if decoded is not None:
-                    text = _json_text(decoded.removeprefix("\ufeff").strip(), options.text_key)
-                    if isinstance(text, str):
-                        yield text, where
-                    else:
+                    text = _json_text(decoded.removeprefix("\ufeff").strip(), options)
+                    if isinstance(text, _Unusable):
                         share.bad(where, text.why, lines)
+                    else:
+                        yield text, where
             offset += len(line)
     share.check(lines)
 
@@ -202,7 +212,7 @@ class _Unusable:
     why: str
 
 
-def _json_text(line: str, key: str) -> str | _Unusable:
+def _json_text(line: str, options: ReadOptions) -> str | Segments | _Unusable:
     try:
         value = json.loads(line)
     except RecursionError:
@@ -212,6 +222,10 @@ def _json_text(line: str, key: str) -> str | _Unusable:
         return _Unusable(f"malformed JSON ({reason})")
     if not isinstance(value, dict):
         return _Unusable(f"not a JSON object but {type(value).__name__}")
+    if options.chat is not None:
+        segments = options.chat.segments(value)
+        return _Unusable(segments) if isinstance(segments, str) else segments
+    key = options.text_key
     if key not in value:
         return _Unusable(f"no key {key!r}, only " + ", ".join(map(repr, list(value)[:5])))
     text = value[key]
@@ -223,6 +237,12 @@ def _parquet(piece: Piece, options: ReadOptions, report: Report, behind: int) ->
     arrow = optional("pyarrow", "parquet", source.path)
     parquet = optional("pyarrow.parquet", "parquet", source.path)
     file = str(source.path)
+    if options.chat is not None:
+        raise UserError(
+            "conversations are read from JSON lines only",
+            where=file,
+            do="convert it to .jsonl, or leave it out",
+        )
     share = _Share(source, options, report)
     row = first = 0
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +17,21 @@ _BATCH = 2**20
 """Characters handed to the encoder at once; it spreads them over the cores."""
 
 
+class Encoded(NamedTuple):
+    """A document as tokens."""
+
+    split: Split
+    document: Document
+    tokens: Tokens
+    """int32 (n,), framed by BOS (if the tokenizer has one) and EOS."""
+    mask: np.ndarray[Any, np.dtype[np.bool_]]
+    """(n,) Which tokens are learned: of a conversation, those of the responses, and EOS behind a response."""
+
+
 def encoded(
     documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, threads: int = -1
-) -> Iterator[tuple[Split, Document, Tokens]]:
-    """Each document with its ids, int32, framed by BOS (if the tokenizer has one) and EOS.
+) -> Iterator[Encoded]:
+    """Each document with its ids. The parts of a conversation are encoded by themselves.
 
     `threads`: of the encoder, -1 for one a core; the ids do not depend on it.
     """
@@ -28,10 +40,15 @@ def encoded(
     batch: list[tuple[Split, Document]] = []
     size = 0
 
-    def flush() -> Iterator[tuple[Split, Document, Tokens]]:
-        ids = tokenizer.encode_batch([document.text for _, document in batch], threads=threads)
-        for (split, document), body in zip(batch, ids, strict=True):
-            yield split, document, np.concatenate([begin, body, end])
+    def flush() -> Iterator[Encoded]:
+        parts = [document.segments or ((document.text, True),) for _, document in batch]
+        ids = iter(tokenizer.encode_batch([text for of_one in parts for text, _ in of_one], threads=threads))
+        for (split, document), of_one in zip(batch, parts, strict=True):
+            bodies = [next(ids) for _ in of_one]
+            learned = [np.full(len(body), counts) for body, (_, counts) in zip(bodies, of_one, strict=True)]
+            first = np.full(len(begin), not document.segments)
+            mask = np.concatenate([first, *learned, [of_one[-1][1]]])
+            yield Encoded(split, document, np.concatenate([begin, *bodies, end]), mask)
         batch.clear()
 
     for pair in documents:
@@ -55,11 +72,13 @@ class ShardSet:
         self._done: list[ShardInfo] = []
         self._writer: ShardWriter | None = None
 
-    def add(self, tokens: Tokens, *, text_bytes: int, source: str) -> None:
-        """Store one document, whole in one shard."""
+    def add(
+        self, tokens: Tokens, *, text_bytes: int, source: str, mask: np.ndarray[Any, Any] | None = None
+    ) -> None:
+        """Store one document, whole in one shard (see ShardWriter.add)."""
         if self._writer is None:
             self._writer = ShardWriter(self._folder / self._name(len(self._done)), self._tokenizer)
-        self._writer.add(tokens, text_bytes=text_bytes, source=source)
+        self._writer.add(tokens, text_bytes=text_bytes, source=source, mask=mask)
         self.tokens += len(tokens)
         if self._writer.tokens >= self._limit:
             self.finish()

@@ -24,9 +24,9 @@ Step = list[list[int]]
 class Loader:
     """Makes batches from corpora. `batch` is a pure function; only `stream` has a thread.
 
-    Causal: S tokens and the S that follow them; the target at the end of a document is IGNORE under
-    `document_mask`, for the next token belongs to another document. Masked: S tokens with some hidden, the
-    hidden ones as targets.
+    Causal: S tokens and the S that follow them. The target at the end of a document is IGNORE under `document_mask`,
+    for the next token belongs to another document; so is, of a conversation, what is no response. Masked: S tokens
+    with some hidden, the hidden ones as targets.
     """
 
     def __init__(
@@ -120,7 +120,10 @@ class Loader:
             for corpus, start, count in pieces:
                 read = corpus.read(start, min(count + 1, corpus.num_tokens - start))
                 tokens[row, size : size + count] = read[:count]
-                targets[row, size : size + len(read) - 1] = read[1:]
+                following = read[1:]
+                if corpus.masked:
+                    following = np.where(corpus.read_mask(start + 1, len(following)), following, IGNORE)
+                targets[row, size : size + len(following)] = following
                 new[row * S + size] = True
                 size += count
             new[row * S + size] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,7 +41,10 @@ class Manifest:
         shards = {
             name: [(s.tokens, s.dtype, s.crc32) for s in shards] for name, shards in self.splits.items()
         }
-        text = json.dumps([self.tokenizer["sha256"], shards], sort_keys=True)
+        masks = {name: [s.mask_crc32 for s in shards] for name, shards in self.splits.items()}
+        masked = any(crc is not None for crcs in masks.values() for crc in crcs)
+        parts = [self.tokenizer["sha256"], shards, *([masks] if masked else [])]
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -103,5 +106,5 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _shard(values: Mapping[str, Any]) -> ShardInfo:
-    known = {f.name: values[f.name] for f in fields(ShardInfo)}
+    known = {f.name: values[f.name] for f in fields(ShardInfo) if f.name in values or f.default is MISSING}
     return ShardInfo(**{**known, "crc32": tuple(known["crc32"])})

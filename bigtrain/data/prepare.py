@@ -12,10 +12,11 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bigtrain.data.chats import ChatFormat, template_of
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.crew import crew
 from bigtrain.data.documents import BadUtf8, ReadOptions, Report, read_documents
@@ -31,7 +32,7 @@ from bigtrain.data.vocabulary import Kind, train_tokenizer
 from bigtrain.errors import RunError, UserError
 
 _SHARD_FILE = re.compile(
-    r"(train|validation)-\d{5}(-\d+)?\.(bin|idx|json|pack\d+)(\.tmp)?|dataset\.json\.tmp|pack\d+\.json(\.tmp)?"
+    r"(train|validation)-\d{5}(-\d+)?\.(bin|idx|json|mask|pack\d+)(\.tmp)?|dataset\.json\.tmp|pack\d+\.json(\.tmp)?"
 )
 _TOKENIZER_OF = "tokenizer.request"
 """What the tokenizer here was trained for, until the corpus is finished."""
@@ -63,6 +64,13 @@ class PrepareOptions:
     shard_tokens: int = 2**30
     """A shard is closed once it has this many tokens."""
     text_key: str = "text"
+    chat_key: str = ""
+    """JSON lines hold conversations under this key (see chats.ChatFormat); only the responses are learned."""
+    prompt_key: str = ""
+    response_key: str = ""
+    """JSON lines hold a prompt and a response under these keys."""
+    chat_template: str = ""
+    """Name or file (chats.template_of). Default: chatml for conversations, none for prompt and response."""
     bad_utf8: BadUtf8 = "replace"
     max_bad: float = 0.1
     exclude: tuple[str, ...] = ()
@@ -82,7 +90,14 @@ class PrepareOptions:
     @property
     def read(self) -> ReadOptions:
         """How to read the inputs."""
-        return ReadOptions(self.text_key, self.bad_utf8, self.max_bad)
+        return ReadOptions(self.text_key, self.bad_utf8, self.max_bad, self._chat)
+
+    @property
+    def _chat(self) -> ChatFormat | None:
+        if not (self.chat_key or self.prompt_key):
+            return None
+        template = template_of(self.chat_template or ("chatml" if self.chat_key else "none"))
+        return ChatFormat(self.chat_key, self.prompt_key, self.response_key, template)
 
 
 class Progress(NamedTuple):
@@ -207,6 +222,16 @@ def _check(options: PrepareOptions) -> None:
         raise UserError("shard_tokens and tokenizer_sample_mb must be positive, shuffle_mb not negative")
     if options.workers < 0 or options.unit_mb < 0:
         raise UserError("workers and unit_mb must not be negative", do="leave them out: 0 chooses")
+    pair = bool(options.prompt_key), bool(options.response_key)
+    if pair[0] != pair[1] or (pair[0] and options.chat_key):
+        raise UserError(
+            "conversations are given by --chat-key, or by --prompt-key and --response-key together",
+            do="name one or the other",
+        )
+    if options.chat_template and not (options.chat_key or pair[0]):
+        raise UserError(
+            "--chat-template is for conversations", do="add --chat-key, or --prompt-key and --response-key"
+        )
     if options.out.exists() and not options.out.is_dir():
         raise UserError("the output is a file", where=str(options.out), do="name a folder with --out")
 
@@ -217,6 +242,8 @@ def _request(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
     files = [(str(s.path), s.size, s.path.stat().st_mtime_ns) for s in sources]
     values["inputs"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     values["input_files"] = len(files)
+    if options.read.chat is not None:
+        values["chat_template"] = asdict(options.read.chat.template)
     values["tokenizer"] = Tokenizer.load(options.tokenizer).sha256 if options.tokenizer else None
     request: dict[str, Any] = json.loads(json.dumps(values))
     return request
@@ -227,7 +254,8 @@ def _existing(options: PrepareOptions, request: dict[str, Any]) -> PrepareSummar
     if options.overwrite or not (options.out / NAME).exists():
         return None
     manifest = read_manifest(options.out)
-    different = [key for key in request if request[key] != manifest.request.get(key)]
+    default = {f.name: f.default for f in fields(PrepareOptions)}  # of options that came after that corpus
+    different = [key for key in request if request[key] != manifest.request.get(key, default.get(key))]
     if different:
         raise UserError(
             f"already holds a corpus, prepared with another {', '.join(different)}",
@@ -249,7 +277,7 @@ def _clear(work: Work) -> None:
     """Remove what an earlier attempt, or another corpus, left and no finished unit of this request owns."""
     finished = {n: done for n in range(work.units) if (done := done_before(work, n)) is not None}
     shards = {info.name for done in finished.values() for infos in done.shards.values() for info in infos}
-    kept = {f"{name}{suffix}" for name in shards for suffix in (".bin", ".idx", ".json")}
+    kept = {f"{name}{suffix}" for name in shards for suffix in (".bin", ".idx", ".mask", ".json")}
     with disk_errors(work.out):
         for file in work.out.iterdir():
             if _SHARD_FILE.fullmatch(file.name) and file.name not in kept:

@@ -63,6 +63,19 @@ class ShardInfo:
     first_source: str
     """Where the first and the last document came from."""
     last_source: str
+    mask_crc32: int | None = None
+    """CRC-32 of `.mask`: a bit a token (the first token's the lowest), whether the token is a target. None: all are."""
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Bytes of its data files, by suffix."""
+        found = {".bin": self.bin_bytes, ".idx": self.idx_bytes}
+        return found if self.mask_crc32 is None else {**found, ".mask": mask_bytes(self.tokens)}
+
+
+def mask_bytes(tokens: int) -> int:
+    """Size of a `.mask`."""
+    return -(-tokens // 8)
 
 
 class ShardWriter:
@@ -83,12 +96,31 @@ class ShardWriter:
         self._longest = 0
         self._text_bytes = 0
         self._sources: tuple[str, str] = ("", "")
+        self._mask: bytearray | None = None
+        self._mask_rest = np.empty(0, bool)  # tokens that do not fill a byte yet
         self._bin = prefix.with_name(prefix.name + ".bin")
         with disk_errors(self._bin):
             self._file = open(temporary(self._bin), "wb", buffering=2**20)  # noqa: SIM115 - closed in close()
 
-    def add(self, tokens: np.ndarray[Any, Any], *, text_bytes: int, source: str) -> None:
-        """Append one document: its ids (n,) with BOS and EOS, the bytes of its text, where it came from."""
+    def add(
+        self,
+        tokens: np.ndarray[Any, Any],
+        *,
+        text_bytes: int,
+        source: str,
+        mask: np.ndarray[Any, Any] | None = None,
+    ) -> None:
+        """Append one document: its ids (n,) with BOS and EOS, the bytes of its text, where it came from.
+
+        `mask`, bool (n,): which tokens are targets; the documents of a shard all have one or none has.
+        """
+        if mask is not None:
+            assert len(mask) == len(tokens)
+            known = np.concatenate([self._mask_rest, mask.astype(bool)])
+            whole = len(known) // 8 * 8
+            self._mask = self._mask if self._mask is not None else bytearray()
+            self._mask += np.packbits(known[:whole], bitorder="little").tobytes()
+            self._mask_rest = known[whole:]
         data = memoryview(np.ascontiguousarray(tokens, self._dtype).tobytes())
         with disk_errors(self._bin):
             self._file.write(data)
@@ -120,6 +152,12 @@ class ShardWriter:
             commit(self._bin)
         index = index_bytes(self._dtype.name, np.array(self._lengths), np.array(self._borders))
         write_whole(self.prefix.with_name(self.prefix.name + ".idx"), index)
+        mask_crc = None
+        if self._mask is not None:
+            bits = bytes(self._mask) + np.packbits(self._mask_rest, bitorder="little").tobytes()
+            assert len(bits) == mask_bytes(self.tokens), "every document has a mask, or none has"
+            write_whole(self.prefix.with_name(self.prefix.name + ".mask"), bits)
+            mask_crc = zlib.crc32(bits)
         info = ShardInfo(
             name=self.prefix.name,
             dtype=self._dtype.name,
@@ -134,6 +172,7 @@ class ShardWriter:
             idx_crc32=zlib.crc32(index),
             first_source=self._sources[0],
             last_source=self._sources[1],
+            mask_crc32=mask_crc,
         )
         sidecar = {"tool": f"bigtrain {__version__}", "tokenizer": tokenizer_facts(self._tokenizer)}
         text = json.dumps({**sidecar, **asdict(info)}, indent=1, ensure_ascii=False)

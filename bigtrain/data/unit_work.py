@@ -80,7 +80,7 @@ def done_before(work: Work, number: int) -> Done | None:
     }
     for infos in shards.values():
         for info in infos:
-            for suffix, size in ((".bin", info.bin_bytes), (".idx", info.idx_bytes)):
+            for suffix, size in info.files.items():
                 file = work.out / f"{info.name}{suffix}"
                 if not file.exists() or file.stat().st_size != size:
                     return None
@@ -111,16 +111,18 @@ def do_unit(
             )
             documents = shuffled(documents, int(work.shuffle_mb * 1e6), seed)
         split = split_documents if unit.number == 0 else by_hash
-        for side, document, tokens in encoded(split(documents, work.validation_fraction), tokenizer, threads):
-            size = len(document.text) if document.text.isascii() else len(document.text.encode())
-            sets[side].add(tokens, text_bytes=size, source=document.source)
+        for each in encoded(split(documents, work.validation_fraction), tokenizer, threads):
+            text = each.document.text
+            size = len(text) if text.isascii() else len(text.encode())
+            mask = each.mask if work.read.chat is not None else None
+            sets[each.split].add(each.tokens, text_bytes=size, source=each.document.source, mask=mask)
             if (now := time.monotonic()) - last > 0.2:
                 last = now
                 tell(report, sum(each.tokens for each in sets.values()))
-        done = Done(report, {str(side): each.finish() for side, each in sets.items()})
+        done = Done(report, {str(side): shards.finish() for side, shards in sets.items()})
     finally:
-        for each in sets.values():
-            each.abort()
+        for shards in sets.values():
+            shards.abort()
     content = {
         "request": work.request,
         "report": asdict(report),
