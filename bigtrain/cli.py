@@ -77,6 +77,31 @@ examples:
     p.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
     p.add_argument("--text-key", default="text", help="field with the text in .jsonl and .parquet")
     p.add_argument(
+        "--dedup",
+        choices=["none", "exact", "near"],
+        default="none",
+        help="leave out texts that came before, or nearly (MinHash)",
+    )
+    p.add_argument(
+        "--dedup-threshold",
+        type=float,
+        default=0.8,
+        metavar="J",
+        help="near: Jaccard index from which on (default 0.8)",
+    )
+    p.add_argument(
+        "--quality",
+        action="store_true",
+        help="leave out what repeats itself, is too short, or is no text in any language",
+    )
+    p.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a limit: min_chars, max_chars, max_repeated_lines, max_symbols, min_compressed, max_compressed",
+    )
+    p.add_argument(
         "--chat-key", default="", metavar="KEY", help="JSON lines hold conversations: [{role, content}, ...]"
     )
     p.add_argument(

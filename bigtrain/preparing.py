@@ -8,12 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+from bigtrain.data.filters import filters_of
 from bigtrain.data.packing import pack_corpus
 from bigtrain.data.prepare import PrepareOptions, PrepareSummary, Progress, prepare
 from bigtrain.errors import BigtrainError
 from bigtrain.place import discover
 
-_STAGES = {"tokenizer": "sampling text", "training": "training tokenizer", "encode": "writing shards"}
+_STAGES = {
+    "tokenizer": "sampling text",
+    "training": "training tokenizer",
+    "duplicates": "finding duplicates",
+    "encode": "writing shards",
+}
 
 
 class ProgressLine:
@@ -118,6 +124,9 @@ def _prepare(args: argparse.Namespace) -> int:
             prompt_key=args.prompt_key,
             response_key=args.response_key,
             chat_template=args.chat_template,
+            filters=filters_of(args.quality, args.filter),
+            dedup=args.dedup,
+            dedup_threshold=args.dedup_threshold,
             bad_utf8=args.bad_utf8,
             max_bad=args.max_bad,
             exclude=tuple(args.exclude),

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from bigtrain.data.manifest import TOKENIZER, write_manifest
+from bigtrain.data.prepare import PrepareOptions
 from bigtrain.data.shards import MAX_SEQUENCE, ShardWriter
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.vocabulary import Kind, train_tokenizer
@@ -74,3 +76,17 @@ def write_corpus(
         infos.append(writer.close())
     write_manifest(folder, tokenizer, {split: infos}, request={}, summary={})
     return folder
+
+
+def preparing(script: Path, options: PrepareOptions, before: str = "pass") -> list[str]:
+    """The command of a process that prepares; it imports little, for its workers import it again."""
+    script.write_text(
+        "import resource, signal\n"
+        "from pathlib import PosixPath\n"
+        "from bigtrain.data.filters import Filters\n"
+        "from bigtrain.data.prepare import PrepareOptions, prepare\n"
+        "if __name__ == '__main__':\n"
+        f"    {before}\n"
+        f"    prepare({options!r})\n"
+    )
+    return [sys.executable, str(script)]

@@ -29,7 +29,7 @@ from bigtrain.data.sources import Source, find_sources
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.units import LARGEST, SMALLEST, spread, unit_bytes, units_of
 from bigtrain.errors import UserError
-from tests.data_parts import CHINESE, CODE, ENGLISH, small_tokenizer
+from tests.data_parts import CHINESE, CODE, ENGLISH, preparing, small_tokenizer
 from tests.runs.worlds import LAUNCHER_VARIABLES, with_mpirun
 from tests.test_prepare import documents_of
 
@@ -149,19 +149,11 @@ def test_an_error_on_one_mpi_rank_ends_all_with_one_message(raw: Path, tmp_path:
 def test_killed_at_any_moment_and_started_again(raw: Path, tmp_path: Path) -> None:
     """All of it, or one worker; what is finished is kept, the result is the same."""
     out = tmp_path / "out"
-    program = (
-        "import sys; from pathlib import Path; from tests.test_crew import SMALL, options, prepare\n"
-        "if __name__ == '__main__':\n"
-        "    prepare(options(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, **SMALL))\n"
-    )
-    script = tmp_path / "script.py"
-    script.write_text(program)
+    command = preparing(tmp_path / "script.py", options(raw, out, workers=2, **SMALL))
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     dice, kept = random.Random(1), 0
     for attempt in range(4):
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(raw), str(out)], env=env, stderr=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
         before = len(list(out.glob("units/*.json")))
         ends = time.monotonic() + 60
         while len(list(out.glob("units/*.json"))) <= before and process.poll() is None:
@@ -226,21 +218,12 @@ def test_an_unfinished_corpus_of_another_request_is_replaced(raw: Path, alone: P
 
 
 def test_a_full_disk_in_a_worker_is_told(raw: Path, tmp_path: Path) -> None:
-    program = (
-        "import resource, signal, sys; from pathlib import Path; from tests.test_crew import options, prepare\n"
-        "if __name__ == '__main__':\n"
-        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"
-        "    prepare(options(Path(sys.argv[1]), Path(sys.argv[2]), workers=2))\n"
-    )
-    script = tmp_path / "script.py"
-    script.write_text(program)
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     out = tmp_path / "out"
     out.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(script), str(raw), str(out)], env=env, capture_output=True, text=True
-    )
+    limit = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"
+    command = preparing(tmp_path / "script.py", options(raw, out, workers=2), limit)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert "bigtrain.errors.RunError" in done.stderr
     assert "cannot write: no space left" in done.stderr
     assert not (out / "dataset.json").exists()

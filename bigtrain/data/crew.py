@@ -13,17 +13,21 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from bigtrain.data.documents import Report
+from bigtrain.data.duplicates import sign_unit
 from bigtrain.data.manifest import TOKENIZER
 from bigtrain.data.tokenizer import Tokenizer
-from bigtrain.data.unit_work import Work, do_unit, done_before
+from bigtrain.data.unit_work import do_unit, done_before
 from bigtrain.data.units import Unit
+from bigtrain.data.work import Work
 from bigtrain.errors import BigtrainError, RunError, UserError
 from bigtrain.place import discover
 
 T = TypeVar("T")
+Job = Literal["sign", "encode"]
+"""Write the signs of a unit's documents, from which duplicates are found, or its shards."""
 Tell = Callable[[int, int, int], None]
 """Hears bytes read, documents and tokens so far, of all workers that this process knows of."""
 
@@ -38,12 +42,14 @@ class Alone:
         """What the one who leads makes, for everyone."""
         return make()
 
-    def do(self, work: Work, units: Sequence[Unit], tell: Tell) -> None:
+    def do(self, job: Job, work: Work, units: Sequence[Unit], tell: Tell) -> None:
         """Every unit that is not done. Raises what its work raises."""
-        do_units(work, units, Tokenizer.load(work.out / TOKENIZER), self.threads, tell)
+        do_units(job, work, units, Tokenizer.load(work.out / TOKENIZER), self.threads, tell)
 
 
-def do_units(work: Work, units: Sequence[Unit], tokenizer: Tokenizer, threads: int, tell: Tell) -> None:
+def do_units(
+    job: Job, work: Work, units: Sequence[Unit], tokenizer: Tokenizer, threads: int, tell: Tell
+) -> None:
     """Every unit that is not done, in this process with `threads` of the encoder."""
     behind = (0, 0, 0)
 
@@ -51,8 +57,12 @@ def do_units(work: Work, units: Sequence[Unit], tokenizer: Tokenizer, threads: i
         tell(behind[0] + report.position, behind[1] + report.documents, behind[2] + tokens)
 
     for unit in units:
-        done = done_before(work, unit.number) or do_unit(work, unit, tokenizer, threads, tell_more)
-        behind = (behind[0] + unit.size, behind[1] + done.report.documents, behind[2] + done.tokens)
+        if job == "sign":
+            documents, tokens = sign_unit(work, unit, tell_more), 0
+        else:
+            done = done_before(work, unit.number) or do_unit(work, unit, tokenizer, threads, tell_more)
+            documents, tokens = done.report.documents, done.tokens
+        behind = (behind[0] + unit.size, behind[1] + documents, behind[2] + tokens)
         tell(*behind)
 
 
@@ -62,13 +72,13 @@ class Processes(Alone):
     def __init__(self, workers: int) -> None:
         self.workers = workers
 
-    def do(self, work: Work, units: Sequence[Unit], tell: Tell) -> None:
+    def do(self, job: Job, work: Work, units: Sequence[Unit], tell: Tell) -> None:
         """As Alone.do. RunError if a worker is killed: what was finished stays."""
         # Spawned, not forked: a fork copies locks that threads of this process may hold.
         context = multiprocessing.get_context("spawn")
         # Without locks: a worker that is killed while it holds one would keep it.
         counts = context.RawArray("Q", 3 * self.workers)
-        pool = ProcessPoolExecutor(self.workers, context, _begin, (work, counts, os.getpid()))
+        pool = ProcessPoolExecutor(self.workers, context, _begin, (job, work, counts, os.getpid()))
         try:
             waiting = {pool.submit(_do_one, unit) for unit in units}
             while waiting:
@@ -92,7 +102,7 @@ _HERE: dict[str, Any] = {}
 """What a worker process of `Processes` knows."""
 
 
-def _begin(work: Work, counts: Any, parent: int) -> None:
+def _begin(job: Job, work: Work, counts: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who watches ends the workers
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a worker ends with its parent
@@ -101,7 +111,7 @@ def _begin(work: Work, counts: Any, parent: int) -> None:
     number = multiprocessing.current_process()._identity[0]  # consecutive, for the workers of a pool
     place = number % (len(counts) // 3)
     tokenizer = Tokenizer.load(work.out / TOKENIZER)
-    _HERE.update(work=work, counts=counts, place=place, before=[0, 0, 0], tokenizer=tokenizer)
+    _HERE.update(job=job, work=work, counts=counts, place=place, before=[0, 0, 0], tokenizer=tokenizer)
 
 
 def _do_one(unit: Unit) -> None:
@@ -112,7 +122,7 @@ def _do_one(unit: Unit) -> None:
         for i in range(3):
             _HERE["counts"][place + i] = before[i] + now[i]
 
-    do_units(_HERE["work"], [unit], _HERE["tokenizer"], 1, tell)
+    do_units(_HERE["job"], _HERE["work"], [unit], _HERE["tokenizer"], 1, tell)
     _HERE["before"] = [a + b for a, b in zip(before, last, strict=True)]
 
 
@@ -152,7 +162,7 @@ class Ranks(Alone):
             raise error
         return result  # type: ignore[no-any-return]
 
-    def do(self, work: Work, units: Sequence[Unit], tell: Tell) -> None:
+    def do(self, job: Job, work: Work, units: Sequence[Unit], tell: Tell) -> None:
         """As Alone.do, together: everyone raises the first rank's error when all are through."""
         rank, size = self._comm.Get_rank(), self._comm.Get_size()
         mine = units[rank::size]
@@ -163,7 +173,7 @@ class Ranks(Alone):
 
         error: BigtrainError | None = None
         try:
-            super().do(work, mine, tell_all)
+            super().do(job, work, mine, tell_all)
         except BigtrainError as e:
             error = e
         for found in self._comm.allgather(error):

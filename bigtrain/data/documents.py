@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bigtrain.data.chats import ChatFormat, Segments
+from bigtrain.data.filters import COUNTERS as FILTERED
+from bigtrain.data.filters import NO_LIMITS, Filters
 from bigtrain.data.sources import Source
 from bigtrain.data.tokenizer import replace_surrogates
 from bigtrain.data.units import Piece, whole
@@ -20,7 +22,11 @@ from bigtrain.errors import UserError
 
 BadUtf8 = Literal["replace", "skip", "fail"]
 _EXAMPLES = 10
-_COUNTERS = ("empty", "bad_lines", "bad_utf8", "surrogates", "binary")
+_COUNTERS = (
+    *("empty", "bad_lines", "bad_utf8", "surrogates", "binary"),
+    *FILTERED,
+    *("duplicates", "near_duplicates"),
+)
 _EARLY = 1000
 """After this many unusable lines over the limit a file is given up without reading the rest."""
 
@@ -48,6 +54,8 @@ class ReadOptions:
     """Share of a file's lines or rows that may be unusable."""
     chat: ChatFormat | None = None
     """JSON lines hold conversations."""
+    filters: Filters = NO_LIMITS
+    """Documents that break a limit are left out."""
 
 
 @dataclass
@@ -67,6 +75,16 @@ class Report:
     """Lone surrogates replaced by U+FFFD."""
     binary: int = 0
     """Files with NUL bytes at their beginning: skipped."""
+    too_short: int = 0
+    too_long: int = 0
+    repeated_lines: int = 0
+    symbols: int = 0
+    repetitive: int = 0
+    incompressible: int = 0
+    """Documents that break a limit of `filters.Filters`: skipped."""
+    duplicates: int = 0
+    near_duplicates: int = 0
+    """Documents that came before (`duplicates.decide`): skipped."""
     examples: list[str] = field(default_factory=list)
     """The first few of the above, as "file:line: what"."""
     position: int = 0
@@ -78,6 +96,12 @@ class Report:
         if len(self.examples) < _EXAMPLES:
             self.examples.append(example)
 
+    def drop(self, text: str, counter: str, example: str) -> None:
+        """Count out a document that was counted in as read."""
+        self.documents -= 1
+        self.text_bytes -= _bytes(text)
+        self.note(counter, example)
+
     def skipped(self) -> dict[str, int]:
         """Counters of what was left out or repaired, without those that are 0."""
         return {name: getattr(self, name) for name in _COUNTERS if getattr(self, name)}
@@ -87,6 +111,11 @@ class Report:
         for name in ("documents", "text_bytes", *_COUNTERS, "position"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.examples = [*self.examples, *other.examples][:_EXAMPLES]
+
+
+def _bytes(text: str) -> int:
+    """Of its UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def read_documents(
@@ -112,8 +141,11 @@ def read_documents(
             if not clean:
                 report.note("empty", f"{where}: empty document")
                 continue
+            if (found := options.filters.problem(clean)) is not None:
+                report.note(found[0], f"{where}: {found[1]}")
+                continue
             report.documents += 1
-            report.text_bytes += len(clean) if clean.isascii() else len(clean.encode())
+            report.text_bytes += _bytes(clean)
             segments = () if isinstance(text, str) else tuple((replace_surrogates(t)[0], c) for t, c in text)
             yield Document(clean, where, segments)
         behind += piece.size

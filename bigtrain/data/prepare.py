@@ -13,22 +13,26 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from bigtrain.data.chats import ChatFormat, template_of
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.crew import crew
 from bigtrain.data.documents import BadUtf8, ReadOptions, Report, read_documents
+from bigtrain.data.duplicates import decide, forget
 from bigtrain.data.files import disk_errors, write_whole
+from bigtrain.data.filters import NO_LIMITS, Filters
 from bigtrain.data.manifest import NAME, SPLITS, TOKENIZER, read_manifest, totals, write_manifest
 from bigtrain.data.sampling import sample_texts
 from bigtrain.data.shards import ShardInfo
 from bigtrain.data.sources import LOOKED_FOR, Found, Source, find_sources
 from bigtrain.data.tokenizer import Tokenizer
-from bigtrain.data.unit_work import FOLDER, Work, digest, done_before, record_of
+from bigtrain.data.unit_work import FOLDER, done_before, record_of
 from bigtrain.data.units import Piece, Unit, spread, unit_bytes, units_of
 from bigtrain.data.vocabulary import Kind, train_tokenizer
+from bigtrain.data.work import Work, digest
 from bigtrain.errors import RunError, UserError
 
 _SHARD_FILE = re.compile(
@@ -40,6 +44,7 @@ _SAMPLED_FROM = 16
 """Times the tokenizer's sample: so much is read to draw it from, of a corpus that has more."""
 
 
+Dedup = Literal["none", "exact", "near"]
 _NOT_ASKED = ("out", "overwrite", "inputs", "tokenizer", "workers")
 """Options that do not decide the result, or do by what they name."""
 
@@ -71,6 +76,12 @@ class PrepareOptions:
     """JSON lines hold a prompt and a response under these keys."""
     chat_template: str = ""
     """Name or file (chats.template_of). Default: chatml for conversations, none for prompt and response."""
+    filters: Filters = NO_LIMITS
+    """Limits that documents have to keep."""
+    dedup: Dedup = "none"
+    """exact: leave out documents whose text came before; near: also those that are nearly the same."""
+    dedup_threshold: float = 0.8
+    """near: from which Jaccard index on, of their stretches of 8 characters, documents are nearly the same."""
     bad_utf8: BadUtf8 = "replace"
     max_bad: float = 0.1
     exclude: tuple[str, ...] = ()
@@ -90,7 +101,7 @@ class PrepareOptions:
     @property
     def read(self) -> ReadOptions:
         """How to read the inputs."""
-        return ReadOptions(self.text_key, self.bad_utf8, self.max_bad, self._chat)
+        return ReadOptions(self.text_key, self.bad_utf8, self.max_bad, self._chat, self.filters)
 
     @property
     def _chat(self) -> ChatFormat | None:
@@ -104,7 +115,7 @@ class Progress(NamedTuple):
     """Where a preparation is."""
 
     stage: str
-    """ "tokenizer" (reading the sample), "training" (the tokenizer) or "encode"."""
+    """ "tokenizer" (reading the sample), "training" (the tokenizer), "duplicates" or "encode"."""
     done_bytes: int
     total_bytes: int
     """Of the input files on disk, in this stage."""
@@ -150,7 +161,14 @@ def prepare(
         return done
     work = workers.share(lambda: _begin(options, units, request, on_progress))
     total = sum(unit.size for unit in units)
-    workers.do(work, units, lambda *now: on_progress(Progress("encode", min(now[0], total), total, *now[1:])))
+
+    def tell(stage: str, done: int, documents: int, tokens: int) -> None:
+        on_progress(Progress(stage, min(done, total), total, documents, tokens))
+
+    if work.dedup:
+        workers.do("sign", work, units, partial(tell, "duplicates"))
+        workers.share(lambda: decide(work))
+    workers.do("encode", work, units, partial(tell, "encode"))
     summary = workers.share(lambda: _finish(options, work, found, request))
     return replace(summary, seconds=time.monotonic() - began)
 
@@ -175,6 +193,8 @@ def _begin(
         shard_tokens=options.shard_tokens,
         shuffle_mb=options.shuffle_mb,
         seed=options.seed,
+        dedup=options.dedup != "none",
+        near=options.dedup_threshold if options.dedup == "near" else 0.0,
     )
     _clear(work)
     return work
@@ -208,6 +228,7 @@ def _finish(options: PrepareOptions, work: Work, found: Found, request: dict[str
     facts = {"skipped": summary.skipped, "ignored": summary.ignored, "examples": summary.examples}
     write_manifest(options.out, tokenizer, shards, request=request, summary=facts)
     shutil.rmtree(options.out / FOLDER, ignore_errors=True)
+    forget(work)
     (options.out / _TOKENIZER_OF).unlink(missing_ok=True)
     return summary
 
@@ -220,6 +241,11 @@ def _check(options: PrepareOptions) -> None:
         )
     if options.shard_tokens < 1 or options.tokenizer_sample_mb <= 0 or options.shuffle_mb < 0:
         raise UserError("shard_tokens and tokenizer_sample_mb must be positive, shuffle_mb not negative")
+    if not 0.5 <= options.dedup_threshold <= 0.99:
+        raise UserError(
+            f"dedup_threshold {options.dedup_threshold} must be from 0.5 to 0.99",
+            do="0.8 finds documents of which a tenth of the text was changed; for equal texts use dedup exact",
+        )
     if options.workers < 0 or options.unit_mb < 0:
         raise UserError("workers and unit_mb must not be negative", do="leave them out: 0 chooses")
     pair = bool(options.prompt_key), bool(options.response_key)
@@ -249,12 +275,18 @@ def _request(options: PrepareOptions, sources: list[Source]) -> dict[str, Any]:
     return request
 
 
+def _plain(default: Any) -> Any:
+    return asdict(default) if isinstance(default, Filters) else default
+
+
 def _existing(options: PrepareOptions, request: dict[str, Any]) -> PrepareSummary | None:
     """The summary of the corpus in `out` if it is this one, None without one. UserError: it is another."""
     if options.overwrite or not (options.out / NAME).exists():
         return None
     manifest = read_manifest(options.out)
-    default = {f.name: f.default for f in fields(PrepareOptions)}  # of options that came after that corpus
+    default = {
+        f.name: _plain(f.default) for f in fields(PrepareOptions)
+    }  # of options that came after that corpus
     different = [key for key in request if request[key] != manifest.request.get(key, default.get(key))]
     if different:
         raise UserError(
@@ -275,6 +307,8 @@ def _existing(options: PrepareOptions, request: dict[str, Any]) -> PrepareSummar
 
 def _clear(work: Work) -> None:
     """Remove what an earlier attempt, or another corpus, left and no finished unit of this request owns."""
+    if not work.dedup:
+        forget(work)
     finished = {n: done for n in range(work.units) if (done := done_before(work, n)) is not None}
     shards = {info.name for done in finished.values() for infos in done.shards.values() for info in infos}
     kept = {f"{name}{suffix}" for name in shards for suffix in (".bin", ".idx", ".mask", ".json")}

@@ -6,16 +6,15 @@ the same request only; a unit that has it is not done again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from bigtrain.data.documents import ReadOptions, Report, read_documents
+from bigtrain.data.documents import Report, read_documents
+from bigtrain.data.duplicates import without_duplicates
 from bigtrain.data.encode import ShardSet, encoded
 from bigtrain.data.files import disk_errors, write_whole
 from bigtrain.data.manifest import SPLITS, Split
@@ -23,24 +22,10 @@ from bigtrain.data.shards import ShardInfo
 from bigtrain.data.splitting import by_hash, shuffled, split_documents
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.units import Unit
+from bigtrain.data.work import Tell, Work
 
 FOLDER = "units"
 """Of the done units' records, in the corpus folder, until all are done."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is the same for every unit of a corpus."""
-
-    out: Path
-    request: str
-    """Digest of what was asked for, tokenizer included."""
-    units: int
-    read: ReadOptions
-    validation_fraction: float
-    shard_tokens: int
-    shuffle_mb: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -54,11 +39,6 @@ class Done:
     def tokens(self) -> int:
         """Of both splits."""
         return sum(info.tokens for infos in self.shards.values() for info in infos)
-
-
-def digest(request: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """sha256 of a request and the tokenizer that it came to."""
-    return hashlib.sha256(json.dumps([request, tokenizer.sha256], sort_keys=True).encode()).hexdigest()
 
 
 def record_of(work: Work, number: int) -> Path:
@@ -92,7 +72,7 @@ def do_unit(
     unit: Unit,
     tokenizer: Tokenizer,
     threads: int,
-    tell: Callable[[Report, int], None] = lambda report, tokens: None,
+    tell: Tell = lambda report, tokens: None,
 ) -> Done:
     """Write a unit's shards and its record; `tell` hears a few times a second how much was read and encoded.
 
@@ -104,6 +84,8 @@ def do_unit(
     last = 0.0
     try:
         documents = read_documents(unit.pieces, work.read, report)
+        if work.dedup:
+            documents = without_duplicates(work, unit, documents, report)
         if work.shuffle_mb:
             # One unit is shuffled as before there were units; the others each in an order of their own.
             seed = (
