@@ -123,6 +123,12 @@ examples:
     p.add_argument("--overwrite", action="store_true", help="replace an existing dataset in --out")
     p.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: one a core)")
     p.add_argument(
+        "--encoder",
+        choices=["sentencepiece", "auto", "kitoken", "gigatoken"],
+        default="sentencepiece",
+        help="auto: the fastest installed one that gives the same ids on a sample of the text",
+    )
+    p.add_argument(
         "--unit-mb",
         type=float,
         default=0.0,

@@ -83,6 +83,11 @@ def describe(summary: PrepareSummary) -> str:
         lines = [
             f"dataset          {summary.out} in {summary.seconds:.0f} s, vocabulary {summary.vocab_size:,}"
         ]
+    if summary.encoder != "sentencepiece":
+        lines.append(
+            f"encoder          {summary.encoder}, which gave SentencePiece's ids on a sample of the text"
+        )
+    lines += [f"encoder          {note}" for note in summary.notes]
     for split, total in summary.splits.items():
         lines.append(
             f"{split:16s} {total['tokens']:,} tokens, {total['documents']:,} documents, "
@@ -133,6 +138,7 @@ def _prepare(args: argparse.Namespace) -> int:
             seed=args.seed,
             overwrite=args.overwrite,
             workers=args.workers,
+            encoder=args.encoder,
             unit_mb=args.unit_mb,
         )
     )

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from bigtrain.data.documents import Report
 from bigtrain.data.duplicates import sign_unit
+from bigtrain.data.encoders import use
 from bigtrain.data.manifest import TOKENIZER
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.data.unit_work import do_unit, done_before
@@ -44,7 +45,14 @@ class Alone:
 
     def do(self, job: Job, work: Work, units: Sequence[Unit], tell: Tell) -> None:
         """Every unit that is not done. Raises what its work raises."""
-        do_units(job, work, units, Tokenizer.load(work.out / TOKENIZER), self.threads, tell)
+        do_units(job, work, units, tokenizer_of(work), self.threads, tell)
+
+
+def tokenizer_of(work: Work) -> Tokenizer:
+    """The corpus's tokenizer, with the encoder that was chosen."""
+    tokenizer = Tokenizer.load(work.out / TOKENIZER)
+    use(tokenizer, work.encoder)
+    return tokenizer
 
 
 def do_units(
@@ -110,7 +118,7 @@ def _begin(job: Job, work: Work, counts: Any, parent: int) -> None:
             os._exit(1)
     number = multiprocessing.current_process()._identity[0]  # consecutive, for the workers of a pool
     place = number % (len(counts) // 3)
-    tokenizer = Tokenizer.load(work.out / TOKENIZER)
+    tokenizer = tokenizer_of(work)
     _HERE.update(job=job, work=work, counts=counts, place=place, before=[0, 0, 0], tokenizer=tokenizer)
 
 

@@ -22,6 +22,7 @@ from bigtrain.data.corpus import Corpus
 from bigtrain.data.crew import crew
 from bigtrain.data.documents import BadUtf8, ReadOptions, Report, read_documents
 from bigtrain.data.duplicates import decide, forget
+from bigtrain.data.encoders import Name, choose
 from bigtrain.data.files import disk_errors, write_whole
 from bigtrain.data.filters import NO_LIMITS, Filters
 from bigtrain.data.manifest import NAME, SPLITS, TOKENIZER, read_manifest, totals, write_manifest
@@ -40,12 +41,14 @@ _SHARD_FILE = re.compile(
 )
 _TOKENIZER_OF = "tokenizer.request"
 """What the tokenizer here was trained for, until the corpus is finished."""
+_TRIED = 4 * 10**6
+"""Characters that an encoder is tried on."""
 _SAMPLED_FROM = 16
 """Times the tokenizer's sample: so much is read to draw it from, of a corpus that has more."""
 
 
 Dedup = Literal["none", "exact", "near"]
-_NOT_ASKED = ("out", "overwrite", "inputs", "tokenizer", "workers")
+_NOT_ASKED = ("out", "overwrite", "inputs", "tokenizer", "workers", "encoder")
 """Options that do not decide the result, or do by what they name."""
 
 
@@ -95,6 +98,8 @@ class PrepareOptions:
     suit the size of the corpus (units.unit_bytes)."""
     workers: int = 0
     """Processes on this machine; 0: one a core. The result does not depend on it. Under mpirun its ranks work."""
+    encoder: Name | Literal["auto"] = "sentencepiece"
+    """auto: the fastest that is installed and exact on a sample of the text; the result is the same (encoders)."""
     overwrite: bool = False
     """Replace a finished corpus in `out`."""
 
@@ -137,6 +142,9 @@ class PrepareSummary:
     """Files in folders that are not text by their name, by suffix."""
     examples: list[str] = field(default_factory=list)
     """The first few of `skipped`, with file and line."""
+    encoder: str = "sentencepiece"
+    notes: list[str] = field(default_factory=list)
+    """Why a faster encoder was not used."""
     seconds: float = 0.0
     already_done: bool = False
     """The folder already held exactly this corpus; nothing was written."""
@@ -184,6 +192,8 @@ def _begin(
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / NAME).unlink(missing_ok=True)
     tokenizer = _tokenizer(options, units, request, on_progress)
+    notes: list[str] = []
+    encoder = choose(options.encoder, tokenizer, _sample(options, units), notes.append)
     work = Work(
         out=options.out,
         request=digest(request, tokenizer),
@@ -193,11 +203,29 @@ def _begin(
         shard_tokens=options.shard_tokens,
         shuffle_mb=options.shuffle_mb,
         seed=options.seed,
+        encoder=encoder,
+        notes=tuple(notes),
         dedup=options.dedup != "none",
         near=options.dedup_threshold if options.dedup == "near" else 0.0,
     )
     _clear(work)
     return work
+
+
+def _sample(options: PrepareOptions, units: Sequence[Unit]) -> list[str]:
+    """A few megabytes of the text, of evenly spaced units, to try an encoder on; none if there is nothing to try."""
+    found: list[str] = []
+    if options.encoder == "sentencepiece":
+        return found
+    chosen = spread(units, 16 * _TRIED)
+    for unit in chosen:
+        size = 0
+        for document in read_documents(unit.pieces, options.read, Report()):
+            found.append(document.text[:_TRIED])
+            size += len(found[-1])
+            if size * len(chosen) > _TRIED:
+                break
+    return found
 
 
 def _finish(options: PrepareOptions, work: Work, found: Found, request: dict[str, Any]) -> PrepareSummary:
@@ -224,8 +252,11 @@ def _finish(options: PrepareOptions, work: Work, found: Found, request: dict[str
         skipped=report.skipped(),
         ignored=dict(found.ignored),
         examples=report.examples,
+        encoder=work.encoder,
+        notes=list(work.notes),
     )
-    facts = {"skipped": summary.skipped, "ignored": summary.ignored, "examples": summary.examples}
+    told = ("skipped", "ignored", "examples", "encoder", "notes")
+    facts = {name: getattr(summary, name) for name in told}
     write_manifest(options.out, tokenizer, shards, request=request, summary=facts)
     shutil.rmtree(options.out / FOLDER, ignore_errors=True)
     forget(work)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Tokenizer:
             ) from error
         self.path = path
         self.model = model
+        self.encoder: Callable[[Sequence[str], int], list[Tokens]] | None = None
+        """Encodes in SentencePiece's place (encoders.use)."""
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._sp.piece_size()
 
@@ -135,9 +137,7 @@ class Tokenizer:
         layout: list[list[int]] = []  # per text: indexes into parts, -1 for U+2581
         for text in texts:
             layout.append(self._cut(replace_surrogates(text)[0], parts))
-        encoded: list[Tokens] = []
-        if parts:
-            encoded = self._sp.encode(parts, return_type="numpy", num_threads=threads)
+        encoded = (self.encoder or self.by_sentencepiece)(parts, threads)
         if self._space_ids is not None:
             encoded.append(self._space_ids)  # index -1
         nothing = np.empty(0, np.int32)
@@ -145,6 +145,17 @@ class Tokenizer:
             encoded[i[0]] if len(i) == 1 else np.concatenate([nothing, *(encoded[n] for n in i)])
             for i in layout
         ]
+
+    def by_sentencepiece(self, texts: Sequence[str], threads: int) -> list[Tokens]:
+        """Ids of whole texts, int32 each, uncut."""
+        found: list[Tokens] = (
+            self._sp.encode(list(texts), return_type="numpy", num_threads=threads) if texts else []
+        )
+        return found
+
+    def piece(self, token: int) -> str:
+        """How the model writes a token."""
+        return str(self._sp.id_to_piece(token))
 
     def _cut(self, text: str, parts: list[str]) -> list[int]:
         """Append to `parts` what has to be encoded separately; return the parts of this text in order."""
@@ -157,7 +168,8 @@ class Tokenizer:
                 indexes.append(-1)
             start = 0
             while start < len(stretch):
-                end = stretch.find("\n", start + self._part)
+                # Other encoders gain nothing by cutting.
+                end = stretch.find("\n", start + self._part) if self.encoder is None else -1
                 end = len(stretch) if end < 0 else end
                 indexes.append(len(parts))
                 parts.append(stretch[start:end])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.data.documents import ReadOptions, Report
+from bigtrain.data.encoders import Name
 from bigtrain.data.tokenizer import Tokenizer
 
 Tell = Callable[[Report, int], None]
@@ -29,6 +30,10 @@ class Work:
     shard_tokens: int
     shuffle_mb: float
     seed: int
+    encoder: Name = "sentencepiece"
+    """Who encodes (encoders.choose): the result is the same."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told of it."""
     dedup: bool = False
     """Documents that come again are left out."""
     near: float = 0.0
