@@ -26,6 +26,7 @@ _COUNTERS = (
     *("empty", "bad_lines", "bad_utf8", "surrogates", "binary"),
     *FILTERED,
     *("duplicates", "near_duplicates"),
+    "space_symbols",
 )
 _EARLY = 1000
 """After this many unusable lines over the limit a file is given up without reading the rest."""
@@ -85,6 +86,8 @@ class Report:
     duplicates: int = 0
     near_duplicates: int = 0
     """Documents that came before (`duplicates.decide`): skipped."""
+    space_symbols: int = 0
+    """Documents with U+2581, for a tokenizer that gives it back as a space: kept."""
     examples: list[str] = field(default_factory=list)
     """The first few of the above, as "file:line: what"."""
     position: int = 0

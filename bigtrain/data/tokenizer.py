@@ -127,6 +127,10 @@ class Tokenizer:
         known = self.exact and all(self._sp.is_byte(i) for i in ids)
         return np.array(ids, np.int32) if known else None
 
+    def changes_space_symbol(self, text: str) -> bool:
+        """Whether the text has the character U+2581 and this model would give it back as a space."""
+        return SPACE in text and self._space_ids is None
+
     def encode(self, text: str) -> Tokens:
         """Token ids of a text, int32 (n,); lone surrogates are encoded as U+FFFD."""
         return self.encode_batch([text], threads=1)[0]

@@ -96,6 +96,8 @@ def do_unit(
         for each in encoded(split(documents, work.validation_fraction), tokenizer, threads):
             text = each.document.text
             size = len(text) if text.isascii() else len(text.encode())
+            if tokenizer.changes_space_symbol(text):
+                report.note("space_symbols", f"{each.document.source}: U+2581 becomes a space")
             mask = each.mask if work.read.chat is not None else None
             sets[each.split].add(each.tokens, text_bytes=size, source=each.document.source, mask=mask)
             if (now := time.monotonic()) - last > 0.2:
