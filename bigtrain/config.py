@@ -151,8 +151,8 @@ class DataConfig(Section):
     """Which tokens, in which order."""
 
     path: str | None = None
-    """A folder written by `bigtrain prepare` (it holds dataset.json), relative to the working folder, or PREFIX of a
-    Megatron corpus PREFIX.bin + PREFIX.idx. Give this or `sources`."""
+    """A folder written by `bigtrain prepare` (it holds dataset.json), relative to the working folder or a URL; or
+    PREFIX of a Megatron corpus PREFIX.bin + PREFIX.idx. Give this or `sources`."""
     tokenizer: str | None = None
     """A Megatron corpus does not say which tokenizer made it: its SentencePiece .model file."""
     sources: dict[str, SourceConfig] = {}
@@ -162,6 +162,8 @@ class DataConfig(Section):
     at_limit: Literal["stop", "reweight"] = "stop"
     """When a source would be read more often than its max_epochs: stop: refuse the run before it begins; reweight: the
     others take its share, in their proportions."""
+    cache: str | None = None
+    """Folder for copies of corpora that lie in a store, on each machine. Default: BIGTRAIN_CACHE, or in ~/.cache."""
     skip: list[list[int]] = []
     """Ranges [first, last] of samples that are left out, as `bigtrain data show` numbers them."""
     sequence_length: int = Field(ge=2)

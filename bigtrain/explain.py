@@ -191,7 +191,7 @@ def _data_lines(config: Config) -> list[str]:
     """What a run reads, and how often. Nothing is read but manifests and indexes."""
     from bigtrain.run_data import samples_of, shares
 
-    missing = [source.path for source in config.data.corpora.values() if not _is_prepared(Path(source.path))]
+    missing = [source.path for source in config.data.corpora.values() if not _is_prepared(source.path)]
     if missing:
         return [_line("data", f"{path} is not prepared yet") for path in missing]
     samples = samples_of(config)
@@ -211,8 +211,10 @@ def _data_lines(config: Config) -> list[str]:
     return [*lines, _line("read", shares(samples, 0, end.samples))]
 
 
-def _is_prepared(path: Path) -> bool:
-    return (path / "dataset.json").is_file() or Path(f"{path}.idx").is_file()
+def _is_prepared(path: str) -> bool:
+    from bigtrain.data.cached import is_url
+
+    return is_url(path) or (Path(path) / "dataset.json").is_file() or Path(f"{path}.idx").is_file()
 
 
 def _layout_lines(config: Config) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bigtrain.config import Config
 from bigtrain.configfile import find_config, load, shipped
+from bigtrain.data.cached import is_url
 from bigtrain.errors import RunError, UserError
 from bigtrain.grid import world_problems
 
@@ -69,7 +70,8 @@ def check(config: Config, cluster: Cluster, *, submit: bool) -> list[str]:
         where = f"{nodes} nodes x {cluster.per_node} = {ranks} ranks"
         problems += [f"{where}: {problem}" for problem in world_problems(config, ranks)]
     for source in config.data.corpora.values():
-        if not (Path(source.path) / "dataset.json").is_file() and not Path(f"{source.path}.idx").is_file():
+        files = Path(source.path) / "dataset.json", Path(f"{source.path}.idx")
+        if not is_url(source.path) and not any(file.is_file() for file in files):
             (problems if submit else warnings).append(
                 f"data: {source.path} is no dataset here; `bigtrain prepare` writes one"
             )

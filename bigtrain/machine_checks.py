@@ -17,6 +17,7 @@ from typing import Literal
 
 from bigtrain.checkpoint.location import folder_of, remote
 from bigtrain.config import Config
+from bigtrain.data.cached import is_url
 from bigtrain.place import Place
 from bigtrain.plan.flops import parameters
 from bigtrain.plan.quantities import gibibytes
@@ -278,7 +279,8 @@ def disks(subject: Subject) -> Iterator[Finding]:
         yield from space("run folder", folder, subject.config)
     if subject.config is not None:
         for source in subject.config.data.corpora.values():
-            yield from _data(Path(source.path))
+            if not is_url(source.path):
+                yield from _data(Path(source.path))
 
 
 def _existing(path: Path) -> Path:

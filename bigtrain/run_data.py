@@ -9,6 +9,7 @@ from typing import Any
 from bigtrain.budget import united
 from bigtrain.config import Config
 from bigtrain.data.blend import Stage, quotas, within_limits
+from bigtrain.data.cached import is_url
 from bigtrain.data.corpus import Corpus
 from bigtrain.data.manifest import Split
 from bigtrain.data.samples import BestFit, Chunks, Samples
@@ -54,9 +55,9 @@ def _open(config: Config, split: Split) -> dict[str, Corpus]:
     """Every source, all of one tokenizer."""
     opened: dict[str, Corpus] = {}
     for name, source in config.data.corpora.items():
-        if split != "train" and not Path(source.path).is_dir():
+        if split != "train" and not (is_url(source.path) or Path(source.path).is_dir()):
             continue  # a Megatron corpus has no other split
-        corpus = Corpus.open(source.path, split, tokenizer=source.tokenizer)
+        corpus = Corpus.open(source.path, split, tokenizer=source.tokenizer, cache=config.data.cache)
         if split == "train" or corpus.num_tokens > 1:
             opened[name] = corpus
     first = next(iter(opened), "")

@@ -114,10 +114,11 @@ def assemble(config: Config, mesh: Mesh, pulse: Pulse | None = None) -> Parts:
 def _verify_small(corpus: Corpus, mesh: Mesh) -> None:
     """Compare the checksums of a corpus that is read in a second; larger ones by `bigtrain inspect --verify`.
 
-    Raises UserError on every rank when a shard was altered. A plain Megatron corpus has no checksums.
+    Raises UserError on every rank when a shard was altered. A plain Megatron corpus has no checksums, and
+    copies from a store are compared when they are made.
     """
-    folder = corpus.tokenizer_path.parent
-    if (folder / "dataset.json").is_file() and corpus.num_tokens <= VERIFIED_TOKENS:
+    folder = corpus.folder
+    if folder is not None and corpus.copies is None and corpus.num_tokens <= VERIFIED_TOKENS:
         together(mesh, lambda: verify(folder) if mesh.first else 0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bigtrain.data.cached import Copies, default_folder, is_url
 from bigtrain.data.manifest import NAME, TOKENIZER, Split, read_manifest
 from bigtrain.data.shards import BLOCK, read_index
 from bigtrain.data.tokenizer import Tokenizer
@@ -48,8 +49,11 @@ class Corpus:
         where: str,
         folder: Path | None = None,
         split: Split = "train",
+        copies: Copies | None = None,
     ) -> None:
         """Use `Corpus.open`."""
+        self.copies = copies
+        """Of a corpus in a store."""
         self.where = where
         self.folder = folder
         """Of a corpus that `bigtrain prepare` wrote; None of a Megatron one."""
@@ -73,13 +77,25 @@ class Corpus:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str | Path, split: Split = "train", *, tokenizer: str | Path | None = None) -> Corpus:
+    def open(
+        cls,
+        path: str | Path,
+        split: Split = "train",
+        *,
+        tokenizer: str | Path | None = None,
+        cache: str | Path | None = None,
+    ) -> Corpus:
         """Open a folder written by `bigtrain prepare`, or PREFIX of a Megatron PREFIX.bin + PREFIX.idx.
+
+        The folder may be a URL; its files are copied into `cache` (default: cached.default_folder) as they are read.
 
         A Megatron corpus has no splits and no tokenizer of its own: `tokenizer` names its .model file.
         Checked before anything is read: sizes of all shards, dtype, largest id, the tokenizer's sha256.
         UserError names the file that is missing, truncated or does not belong.
         """
+        if is_url(path):
+            copies = Copies(str(path), Path(cache) if cache else default_folder(), (NAME, TOKENIZER))
+            return cls._open_folder(copies.folder, split, copies)
         folder = Path(path)
         prefix = folder.with_name(folder.name.removesuffix(".bin").removesuffix(".idx"))
         if not folder.is_dir() and prefix.with_name(prefix.name + ".idx").exists():
@@ -87,7 +103,7 @@ class Corpus:
         return cls._open_folder(folder, split)
 
     @classmethod
-    def _open_folder(cls, folder: Path, split: Split) -> Corpus:
+    def _open_folder(cls, folder: Path, split: Split, copies: Copies | None = None) -> Corpus:
         manifest = read_manifest(folder)
         tokenizer = Tokenizer.load(folder / TOKENIZER)
         if tokenizer.sha256 != manifest.tokenizer["sha256"]:
@@ -98,9 +114,11 @@ class Corpus:
                 do="put the right tokenizer.model back, or prepare the corpus again with this one",
             )
         shards = manifest.splits.get(split, ())
+        if copies is not None:
+            copies.expect(list(shards))
         for shard in shards:
             file = folder / f"{shard.name}.bin"
-            for suffix in (".bin", *([".mask"] if shard.mask_crc32 is not None else [])):
+            for suffix in shard.files if copies is None else ():
                 _check_size(folder / f"{shard.name}{suffix}", shard.files[suffix])
             if shard.max_id >= tokenizer.vocab_size or shard.bin_bytes != shard.tokens * _width(shard.dtype):
                 raise UserError(
@@ -115,9 +133,10 @@ class Corpus:
             manifest.digest,
             text_bytes=sum(s.text_bytes for s in shards),
             longest=max((s.longest for s in shards), default=0),
-            where=f"{folder} ({split})",
+            where=f"{folder if copies is None else copies.url} ({split})",
             folder=folder,
             split=split,
+            copies=copies,
         )
 
     @classmethod
@@ -184,6 +203,10 @@ class Corpus:
                 out[done : done + size] = bits[offset % 8 : offset % 8 + size]
         return out
 
+    def local(self, file: Path) -> Path:
+        """A file beside the shards, which is copied first if the corpus lies in a store."""
+        return file if self.copies is None else self.copies.local(file)
+
     def _stretches(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
         """Tokens as stretches inside shards: (tokens before it, shard, first token in the shard, tokens)."""
         done = 0
@@ -204,7 +227,7 @@ class Corpus:
             dtype = np.dtype(part.dtype if suffix == ".bin" else np.uint8)
             file = part.path.with_name(part.path.name.removesuffix(".bin") + suffix)
             try:
-                mapped = np.memmap(file, dtype, "r") if part.tokens else np.empty(0, dtype)
+                mapped = np.memmap(self.local(file), dtype, "r") if part.tokens else np.empty(0, dtype)
             except OSError as error:
                 raise UserError("cannot open the shard", where=str(file), do=_AGAIN) from error
             self._maps[number, suffix] = mapped

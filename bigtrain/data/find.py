@@ -38,7 +38,7 @@ def documents_at(corpus: Corpus, start: int, size: int) -> Iterator[Found]:
     while start < end:
         shard, offset, tokens = corpus.locate(start)
         if shard not in opened:
-            opened[shard] = _Borders(shard, tokens)
+            opened[shard] = _Borders(corpus.local(shard.with_suffix(".idx")), tokens)
         borders = opened[shard]
         number = borders.document_of(offset)
         first, behind = borders.place(number), borders.place(number + 1)
@@ -50,8 +50,7 @@ def documents_at(corpus: Corpus, start: int, size: int) -> Iterator[Found]:
 class _Borders:
     """Where the documents of a shard begin, read from its `.idx` a number at a time."""
 
-    def __init__(self, shard: Path, tokens: int) -> None:
-        file = shard.with_suffix(".idx")
+    def __init__(self, file: Path, tokens: int) -> None:
         try:
             header = np.memmap(file, np.uint8, "r", 0, (HEADER.size,)).tobytes()
             _, _, code, sequences, borders = HEADER.unpack(header)

@@ -214,8 +214,11 @@ def _digest(manifest: Manifest) -> dict[str, Any]:
 class Packs:
     """The packed sequences of one split, read by number. Safe to read from several threads."""
 
-    def __init__(self, folder: Path, size: int, infos: Sequence[PackInfo]) -> None:
+    def __init__(
+        self, folder: Path, size: int, infos: Sequence[PackInfo], local: Callable[[Path], Path]
+    ) -> None:
         """Use `Packs.open`."""
+        self._local = local
         self._folder, self._size, self._infos = folder, size, infos
         self._starts = np.cumsum([0, *(info.sequences for info in infos)])
         self._tokens = np.cumsum([0, *(info.tokens for info in infos)])
@@ -227,11 +230,16 @@ class Packs:
         self._lock = threading.Lock()
 
     @staticmethod
-    def open(folder: Path, split: Split, size: int) -> Packs:
-        """Read pack<size>.json. UserError if the corpus has not been packed so, or was prepared again since."""
+    def open(
+        folder: Path, split: Split, size: int, local: Callable[[Path], Path] = lambda file: file
+    ) -> Packs:
+        """Read pack<size>.json; `local` makes a file ready to be read (Corpus.local).
+
+        UserError if the corpus has not been packed so, or was prepared again since.
+        """
         file = manifest_file(folder, size)
         try:
-            content = json.loads(file.read_bytes())
+            content = json.loads(local(file).read_bytes())
             made_from, infos = content["digest"], [PackInfo(**info) for info in content["splits"][split]]
         except FileNotFoundError as e:
             what = f"is not packed into sequences of {size} tokens"
@@ -241,7 +249,7 @@ class Packs:
             raise UserError(what, where=str(file), do=_advice(size, str(folder))) from e
         if made_from != _digest(read_manifest(folder)):
             raise UserError("was packed from another corpus", where=str(file), do=_advice(size, str(folder)))
-        return Packs(folder, size, infos)
+        return Packs(folder, size, infos, local)
 
     def parts(self, sequence: int) -> list[tuple[int, int]]:
         """First token, counted in the split as Corpus.read does, and size of each part of a sequence."""
@@ -256,7 +264,7 @@ class Packs:
             if number not in self._maps:
                 info = self._infos[number]
                 file = self._folder / f"{info.shard}.pack{self._size}"
-                self._maps[number] = _read(file, self._size, info.idx_crc32)
+                self._maps[number] = _read(self._local(file), self._size, info.idx_crc32)
                 if len(self._maps) > _OPEN:
                     self._maps.popitem(last=False)
             self._maps.move_to_end(number)

@@ -65,7 +65,7 @@ class BestFit:
                 where=corpus.where,
                 do='set data.packing = "chunk"',
             )
-        self._corpus, self._packs = corpus, Packs.open(corpus.folder, corpus.split, size)
+        self._corpus, self._packs = corpus, Packs.open(corpus.folder, corpus.split, size, corpus.local)
         if not self._packs.count:
             raise UserError("has no documents", where=corpus.where, do="prepare more text")
         self.order = SampleOrder(self._packs.count, seed)
