@@ -93,36 +93,49 @@ def test_rows_are_the_corpus_at_their_place(corpora: dict[str, Corpus]) -> None:
         assert batch.targets[row].tolist() == read[1:].tolist()
 
 
+def batches(
+    made: Samples, schedule: BatchSchedule, ranks: int, microbatch: int, first: int, steps: int
+) -> list[torch.Tensor]:
+    """The tokens of the global batches of steps first .. steps - 1, in the order of their samples."""
+    progress = schedule.ahead(Progress(), first)
+    of_ranks = [
+        Loader(made, seed=5, prefetch=0).stream(
+            rank_samples(schedule, progress, steps, microbatch=microbatch, data_rank=r, data_size=ranks)
+        )
+        for r in range(ranks)
+    ]
+    found = []
+    for parts in zip(*of_ranks, strict=True):
+        tokens = torch.cat([b.tokens for part in parts for b in part])
+        ids = torch.cat([b.sample_ids for part in parts for b in part])
+        found.append(tokens[ids.argsort()])
+    return found
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16, 32])
 def test_global_batches_are_the_same_for_any_ranks_microbatch_and_restart(
     corpora: dict[str, Corpus], ranks: int
 ) -> None:
     schedule = BatchSchedule(64, 64, 0, S, (Length(64 * 3, 2 * S, 32),))
-
-    def batches(ranks: int, microbatch: int, progress: Progress, steps: int) -> list[torch.Tensor]:
-        """The tokens of every global batch, in the order of their samples."""
-        of_ranks = [
-            Loader(made, seed=5, prefetch=0).stream(
-                rank_samples(schedule, progress, steps, microbatch=microbatch, data_rank=r, data_size=ranks)
-            )
-            for r in range(ranks)
-        ]
-        found = []
-        for parts in zip(*of_ranks, strict=True):
-            tokens = torch.cat([b.tokens for part in parts for b in part])
-            ids = torch.cat([b.sample_ids for part in parts for b in part])
-            found.append(tokens[ids.argsort()])
-        return found
-
     made = blend(corpora, (0, (6, 3, 1), S), (64 * 3, (1, 1, 1), 2 * S))
-    whole = batches(1, 8, Progress(), 6)
+    whole = batches(made, schedule, 1, 8, 0, 6)
     assert [tuple(t.shape) for t in whole] == [(64, S)] * 3 + [(32, 2 * S)] * 3
     for microbatch in {1, 32 // ranks}:
-        again = batches(ranks, microbatch, Progress(), 6)
-        assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+        assert equal(batches(made, schedule, ranks, microbatch, 0, 6), whole)
     for step in (2, 3, 5):  # resumed
-        again = batches(ranks, 1, schedule.ahead(Progress(), step), 6)
-        assert all(torch.equal(a, b) for a, b in zip(whole[step:], again, strict=True))
+        assert equal(batches(made, schedule, ranks, 1, step, 6), whole[step:])
+
+
+def test_a_run_that_is_resumed_on_8_4_6_and_8_ranks_reads_what_one_reads(corpora: dict[str, Corpus]) -> None:
+    schedule = BatchSchedule(24, 24, 0, S)
+    made = blend(corpora, (0, (6, 3, 1), S), (70, (1, 1, 1), S))
+    whole = batches(made, schedule, 1, 3, 0, 12)
+    parts = [(8, 3, 0, 2), (4, 2, 2, 3), (6, 1, 3, 8), (8, 1, 8, 12)]
+    assert equal([batch for part in parts for batch in batches(made, schedule, *part)], whole)
 
 
 def test_held_out_text_in_the_proportions_of_the_first_stage(corpora: dict[str, Corpus]) -> None:

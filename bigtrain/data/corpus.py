@@ -175,18 +175,19 @@ class Corpus:
         UserError if an id is outside the vocabulary: the shard was altered after it was written.
         """
         assert 0 <= start <= start + count <= self.num_tokens, (start, count, self.num_tokens)
-        out = np.empty(count, np.int64)
+        out = np.zeros(count, np.int64)
         for done, number, offset, size in self._stretches(start, count):
-            out[done : done + size] = self._map(number, ".bin")[offset : offset + size]
-        if count and (out.max() >= self.vocab_size or out.min() < 0):
-            bad = int(np.argmax((out >= self.vocab_size) | (out < 0)))
-            shard = int(np.searchsorted(self._starts, start + bad, "right")) - 1
-            raise UserError(
-                f"token id {out[bad]} is not in the vocabulary of {self.vocab_size}: the shard was altered, "
-                "or another tokenizer made it",
-                where=str(self._parts[shard].path),
-                do="run `bigtrain inspect --verify` on the corpus, or give the right tokenizer",
-            )
+            piece = self._map(number, ".bin")[offset : offset + size]
+            out[done : done + size] = piece
+            # In the stored dtype: a quarter of the bytes, and unsigned ids cannot be negative.
+            if piece.max() >= self.vocab_size or (piece.dtype.kind == "i" and piece.min() < 0):
+                bad = out[(out >= self.vocab_size) | (out < 0)][0]
+                raise UserError(
+                    f"token id {bad} is not in the vocabulary of {self.vocab_size}: the shard was altered, "
+                    "or another tokenizer made it",
+                    where=str(self._parts[number].path),
+                    do="run `bigtrain inspect --verify` on the corpus, or give the right tokenizer",
+                )
         return out
 
     def locate(self, position: int) -> tuple[Path, int, int]:
@@ -228,7 +229,11 @@ class Corpus:
             dtype = np.dtype(part.dtype if suffix == ".bin" else np.uint8)
             file = part.path.with_name(part.path.name.removesuffix(".bin") + suffix)
             try:
-                mapped = np.memmap(self.local(file), dtype, "r") if part.tokens else np.empty(0, dtype)
+                mapped = (
+                    np.memmap(self.local(file), dtype, "r").view(np.ndarray)
+                    if part.tokens
+                    else np.empty(0, dtype)
+                )
             except OSError as error:
                 raise UserError("cannot open the shard", where=str(file), do=_AGAIN) from error
             self._maps[number, suffix] = mapped

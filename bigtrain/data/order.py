@@ -124,6 +124,7 @@ class Windows:
         self.order = SampleOrder(max(1, (num_tokens - 1) // sequence_length - 1), seed)
         self._seed = seed
         self._offsets = min(sequence_length, num_tokens - self.num_windows * sequence_length)
+        self._newest = (-1, 0)
 
     @property
     def num_windows(self) -> int:
@@ -137,4 +138,8 @@ class Windows:
 
     def offset(self, epoch: int) -> int:
         """Tokens left out before the first window of an epoch."""
-        return key(self._seed, epoch, 1) % self._offsets
+        known, offset = self._newest
+        if known != epoch:  # samples come in order
+            offset = key(self._seed, epoch, 1) % self._offsets
+            self._newest = epoch, offset
+        return offset

@@ -64,7 +64,6 @@ class Mark:
 
     x: float
     kind: Literal["resume", "skip"]
-    text: str
     run: int
 
 
@@ -158,22 +157,12 @@ def _frame(panel: Panel, lines: Sequence[Line]) -> tuple[float, float, bool]:
 def _marks(run: Watched, by: By, i: int) -> list[Mark]:
     """Where attempts went on, the last steps that were skipped (at most 200), and rollbacks."""
     history = run.history
-    found = [
-        Mark(_place(run, first - 1, by), "resume", f"attempt {attempt} goes on after step {first - 1:,}", i)
-        for attempt, first in history.began.items()
-        if attempt > 1
+    skips = list(history.skips)[-200:] + [h.step for h in history.happenings if h.name == "rollback"]
+    resumes = [first - 1 for attempt, first in history.began.items() if attempt > 1]
+    return [
+        *(Mark(_place(run, step, by), "resume", i) for step in resumes),
+        *(Mark(_place(run, step, by), "skip", i) for step in skips),
     ]
-    skips = list(history.skips)[-200:]
-    spikes = {h.step for h in history.happenings if h.name == "spike"}
-    for step in skips:
-        why = "a spike" if step in spikes else "not finite"
-        found.append(Mark(_place(run, step, by), "skip", f"step {step:,} skipped: {why}", i))
-    found += [
-        Mark(_place(run, h.step, by), "skip", f"rolled back: {h.text}", i)
-        for h in history.happenings
-        if h.name == "rollback"
-    ]
-    return found
 
 
 def _place(run: Watched, step: int, by: By) -> float:

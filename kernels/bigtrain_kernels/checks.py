@@ -15,6 +15,12 @@ def check(right: bool, argument: str, what: str) -> None:
         raise ValueError(f"{argument} {what}")
 
 
+def is_float(x: torch.Tensor, argument: str) -> None:
+    """Raises ValueError unless `x` is of a dtype that all but the attention kernels take."""
+    known = (torch.bfloat16, torch.float16, torch.float32)
+    check(x.dtype in known, argument, f"is {x.dtype}, expected bfloat16, float16 or float32")
+
+
 def runs_here(x: torch.Tensor) -> None:
     """Raises ValueError when `x` is where no kernel runs: on a CPU without the interpreter."""
     check(

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from bigtrain_kernels import cross_entropy_kernels as kernels
-from bigtrain_kernels.checks import INTERPRETED, check, runs_here
+from bigtrain_kernels.checks import INTERPRETED, check, is_float, runs_here
 
 Reduction = Literal["none", "mean", "sum"]
 BUDGET = 1 << 28
@@ -26,7 +26,6 @@ BUDGET = 1 << 28
 _FEWEST = 128
 """Tokens of the smallest chunk."""
 _BLOCK = 64 if INTERPRETED else 4096
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Options(NamedTuple):
@@ -288,7 +287,7 @@ def _check(
 ) -> None:
     check(hidden.ndim == 2, "hidden", f"has {hidden.ndim} dimensions, expected (T, C)")
     check(weight.ndim == 2, "weight", f"has {weight.ndim} dimensions, expected (V, C)")
-    check(hidden.dtype in _DTYPES, "hidden", f"is {hidden.dtype}, expected bfloat16, float16 or float32")
+    is_float(hidden, "hidden")
     check(weight.dtype == hidden.dtype, "weight", f"is {weight.dtype}, hidden is {hidden.dtype}")
     check(
         weight.shape[1] == hidden.shape[1],

@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bigtrain_kernels.checks import INTERPRETED, check, runs_here
+from bigtrain_kernels.checks import INTERPRETED, check, is_float, runs_here
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WIDEST = 8192
 """A row lies in the registers of one program; the backward pass of 16,384 spills on sm_90."""
 _PROGRAMS = 4 if INTERPRETED else 1024
@@ -164,11 +163,11 @@ def rms_norm_residual(
 
 def _check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     check(x.ndim > 0, "x", "has no dimension, expected (..., C)")
-    check(x.dtype in _DTYPES, "x", f"is {x.dtype}, expected bfloat16, float16 or float32")
+    is_float(x, "x")
     check(
         weight.shape == x.shape[-1:], "weight", f"has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)"
     )
-    check(weight.dtype in _DTYPES, "weight", f"is {weight.dtype}, expected bfloat16, float16 or float32")
+    is_float(weight, "weight")
     check(weight.device == x.device, "weight", f"is on {weight.device}, x is on {x.device}")
     check(0 < x.shape[-1] <= _WIDEST, "x", f"has width {x.shape[-1]}, expected 1 to {_WIDEST}")
     check(eps > 0, "eps", f"is {eps}, expected more than 0")

@@ -11,9 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bigtrain_kernels.checks import check, runs_here
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from bigtrain_kernels.checks import check, is_float, runs_here
 
 
 @triton.jit
@@ -71,7 +69,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Raises ValueError naming the argument.
     """
     check(x.ndim == 3, "x", f"has {x.ndim} dimensions, expected (T, H, D)")
-    check(x.dtype in _DTYPES, "x", f"is {x.dtype}, expected bfloat16, float16 or float32")
+    is_float(x, "x")
     check(x.shape[2] % 2 == 0, "x", f"has head dim {x.shape[2]}, expected an even one")
     for name, table in (("cos", cos), ("sin", sin)):
         expected = (x.shape[0], x.shape[2] // 2)

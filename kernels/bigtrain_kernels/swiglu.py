@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bigtrain_kernels.checks import INTERPRETED, check, runs_here
+from bigtrain_kernels.checks import INTERPRETED, check, is_float, runs_here
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = 64 if INTERPRETED else 2048
 """Numbers of a program: 16 a thread with 4 warps, so that loads are 128 bits wide."""
 
@@ -87,7 +86,7 @@ _swiglu.register_autograd(_backward, setup_context=_remember)
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up, of any shape. Raises ValueError naming the argument."""
-    check(gate.dtype in _DTYPES, "gate", f"is {gate.dtype}, expected bfloat16, float16 or float32")
+    is_float(gate, "gate")
     check(up.dtype == gate.dtype, "up", f"is {up.dtype}, gate is {gate.dtype}")
     check(up.shape == gate.shape, "up", f"has shape {tuple(up.shape)}, gate has {tuple(gate.shape)}")
     check(up.device == gate.device, "up", f"is on {up.device}, gate is on {gate.device}")

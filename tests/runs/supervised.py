@@ -57,12 +57,9 @@ class World:
         run: Path,
         settings: Sequence[str],
         hang: float,
-        nodes: str = "2",
     ) -> None:
-        """`hang`: BIGTRAIN_HANG_SECONDS; `nodes`: NNODES of launch/torchrun.sh. `folder` takes the launchers' logs."""
-        self.hosts, self.folder, self.run, self.hang, self.nodes = hosts, folder, run, hang, nodes
-        self.down: set[int] = set()
-        """Hosts that are not started again for now."""
+        """`hang`: BIGTRAIN_HANG_SECONDS. `folder` takes the launchers' logs."""
+        self.hosts, self.folder, self.run, self.hang = hosts, folder, run, hang
         self.poison = folder / "poison"
         """Touch it, and the loss of rank 1 becomes NaN once."""
         sets = [part for setting in settings for part in ("--set", setting)]
@@ -94,7 +91,7 @@ class World:
             "BIGTRAIN_HANG_SECONDS": str(self.hang),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "NNODES": self.nodes,
+            "NNODES": "2",
             "NPROC": "1",
             "MASTER_ADDR": ADDRESSES[0],
             "GRACE": "5",
@@ -102,9 +99,6 @@ class World:
         }
         with (self.folder / f"host{host}.log").open("ab") as log:
             while not self._ended.is_set() and self.state() != "done":
-                if host in self.down:
-                    time.sleep(0.1)
-                    continue
                 self.launchers[host] = subprocess.Popen(
                     self.hosts.command(host, self.command),
                     env=env,

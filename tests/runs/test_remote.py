@@ -34,3 +34,20 @@ def test_a_whole_run_saves_to_the_store_and_goes_on_from_there(s3: str, tiny: Ti
     assert done.code == 0, done.err
     assert f"weights from {url}" in done.out + done.err
     assert losses_of(tmp_path / "next")[0] < losses_of(run)[0]
+
+
+@pytest.mark.runs
+def test_a_run_reads_its_corpus_from_the_store(s3: str, tiny: Tiny, tmp_path: Path) -> None:
+    import s3fs
+
+    for file in tiny.data.iterdir():
+        s3fs.S3FileSystem().put_file(str(file), f"{s3}/{file.name}")
+    settings = ["train.steps=3", "train.eval_every=0", f"data.cache={tmp_path / 'cache'}"]
+    there = tiny.train(tmp_path / "there", f"data.path={s3}", *settings, processes=2)
+    assert there.code == 0, there.err
+    here = tiny.train(tmp_path / "here", *settings, processes=2)
+    assert losses_of(tmp_path / "there") == losses_of(tmp_path / "here"), here.err
+    copies = [f.name for f in (tmp_path / "cache").rglob("[a-z]*") if f.is_file()]
+    expected = ["dataset.json", "tokenizer.model", "train-00000.bin", "validation-00000.bin"]
+    assert sorted(copies) == expected, "nothing is copied that is not read"
+    assert tiny("data", "show", str(tmp_path / "there"), "--step", "2").code == 0
