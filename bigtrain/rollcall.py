@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
@@ -144,21 +144,26 @@ class Roll:
         verdict = self.trouble or self.judge()
         self.store.set("roll/verdict", json.dumps(verdict))
         if verdict["kind"]:
-            self.until(lambda: self.everyone("read"), _LINGER)
+            self.until(self.all_heard, _LINGER)
         return verdict
 
-    def everyone(self, did: Literal["came", "read"]) -> bool:
-        """Whether all others have answered, or have read the verdict."""
+    def all_came(self) -> bool:
+        """Whether all others have answered."""
         self.renew()
-        return int(self.store.add(f"roll/{did}", 0)) >= self.world - 1
+        return int(self.store.add("roll/came", 0)) >= self.world - 1
+
+    def all_heard(self) -> bool:
+        """Whether all others have read the verdict."""
+        self.renew()
+        return int(self.store.add("roll/read", 0)) >= self.world - 1
 
     def judge(self) -> dict[str, str]:
         """Wait for the others, and compare what they answered."""
         deadline = time.monotonic() + self.seconds
-        self.until(lambda: self.everyone("came") or self.store.queue_len("roll/odd") > 0, self.seconds)
-        self.until(lambda: self.everyone("came"), min(GRACE, deadline - time.monotonic()))
+        self.until(lambda: self.all_came() or self.store.queue_len("roll/odd") > 0, self.seconds)
+        self.until(self.all_came, min(GRACE, deadline - time.monotonic()))
         missing = []
-        if not self.everyone("came"):
+        if not self.all_came():
             missing = [r for r in range(1, self.world) if not self.store.check([f"roll/here/{r}"])]
         # After the missing: who is here has said before what differs.
         odd = [json.loads(self.store.queue_pop("roll/odd")) for _ in range(self.store.queue_len("roll/odd"))]
