@@ -10,24 +10,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bigtrain.data.cuts import LEAST, Cuts, cuts_of
+from bigtrain.data.cuts import SPACE as SPACE
 from bigtrain.errors import UserError
 
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 
-SPACE = "\u2581"
-"""SentencePiece writes a space as this; the character itself in a text would come back as a space."""
 _SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_PART_BPE = 512
-"""Least characters of one encoder call: BPE is 1.6 times faster on short parts than on whole documents."""
-_PART_UNIGRAM = 65536
-"""Unigram gains nothing by cutting and adds scores in float32, where a cut can tip a tie: huge texts only."""
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
@@ -105,7 +101,7 @@ class Tokenizer:
 
     @cached_property
     def exact(self) -> bool:
-        """True if text survives unchanged and no piece crosses a newline: cutting there changes nothing."""
+        """True if text survives unchanged, as with the tokenizers trained here; no piece crosses a newline."""
         probe = "a  b\t\r\n\n \ufb01\u2460 "
         return (
             self._sp.decode(self._sp.encode(probe)) == probe
@@ -115,10 +111,14 @@ class Tokenizer:
         )
 
     @cached_property
-    def _part(self) -> int:
-        """Least characters of one part; a BPE model is known by its scores: ranks 0, -1, -2 ..."""
-        scores = (float(self._sp.get_score(i)) for i in range(self.vocab_size))
-        return _PART_BPE if all(score.is_integer() for score in scores) else _PART_UNIGRAM
+    def _cuts(self) -> tuple[Cuts, Any] | None:
+        """Where texts may be cut, and the processor of the parts; None if not at all."""
+        import sentencepiece
+
+        cuts = cuts_of(self.model)
+        if cuts is None:
+            return None
+        return cuts, sentencepiece.SentencePieceProcessor(model_proto=cuts.model) if cuts.prefix else self._sp
 
     @cached_property
     def _space_ids(self) -> Tokens | None:
@@ -137,11 +137,15 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, threads: int = -1) -> list[Tokens]:
         """`encode` of each text, on `threads` threads (-1: every core); the ids do not depend on it."""
+        clean = [replace_surrogates(text)[0] for text in texts]
+        cuts, encode = None, self.encoder or self.by_sentencepiece
+        # Other encoders gain nothing by cutting.
+        if self.encoder is None and any(len(text) > LEAST for text in clean) and self._cuts is not None:
+            cuts, processor = self._cuts
+            encode = partial(_encode, processor)
         parts: list[str] = []
-        layout: list[list[int]] = []  # per text: indexes into parts, -1 for U+2581
-        for text in texts:
-            layout.append(self._cut(replace_surrogates(text)[0], parts))
-        encoded = (self.encoder or self.by_sentencepiece)(parts, threads)
+        layout = [self._cut(text, cuts, parts) for text in clean]  # indexes into parts, -1 for U+2581
+        encoded = encode(parts, threads)
         if self._space_ids is not None:
             encoded.append(self._space_ids)  # index -1
         nothing = np.empty(0, np.int32)
@@ -152,32 +156,22 @@ class Tokenizer:
 
     def by_sentencepiece(self, texts: Sequence[str], threads: int) -> list[Tokens]:
         """Ids of whole texts, int32 each, uncut."""
-        found: list[Tokens] = (
-            self._sp.encode(list(texts), return_type="numpy", num_threads=threads) if texts else []
-        )
-        return found
+        return _encode(self._sp, texts, threads)
 
     def piece(self, token: int) -> str:
         """How the model writes a token."""
         return str(self._sp.id_to_piece(token))
 
-    def _cut(self, text: str, parts: list[str]) -> list[int]:
+    def _cut(self, text: str, cuts: Cuts | None, parts: list[str]) -> list[int]:
         """Append to `parts` what has to be encoded separately; return the parts of this text in order."""
-        if not self.exact:
-            parts.append(text)
-            return [len(parts) - 1]
         indexes: list[int] = []
         for number, stretch in enumerate(text.split(SPACE) if self._space_ids is not None else [text]):
             if number:
                 indexes.append(-1)
-            start = 0
-            while start < len(stretch):
-                # Other encoders gain nothing by cutting.
-                end = stretch.find("\n", start + self._part) if self.encoder is None else -1
-                end = len(stretch) if end < 0 else end
-                indexes.append(len(parts))
-                parts.append(stretch[start:end])
-                start = end
+            if stretch:
+                found = cuts.parts(cuts.prefix + stretch) if cuts is not None else [stretch]
+                indexes += range(len(parts), len(parts) + len(found))
+                parts += found
         return indexes
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -202,3 +196,10 @@ class Tokenizer:
             elif not (self._sp.is_control(i) or self._sp.is_unknown(i) or self._sp.is_unused(i)):
                 sizes[i] = len(self._sp.id_to_piece(i).replace(SPACE, " ").encode())
         return sizes
+
+
+def _encode(processor: Any, texts: Sequence[str], threads: int) -> list[Tokens]:
+    found: list[Tokens] = (
+        processor.encode(list(texts), return_type="numpy", num_threads=threads) if texts else []
+    )
+    return found
