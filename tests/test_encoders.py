@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sysconfig
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +79,7 @@ def test_one_that_differs_anywhere_is_not_used_and_the_place_is_named(
     def wrong(made: Tokenizer, name: str) -> encoders.Encode:
         def encode(given: Sequence[str], threads: int) -> list[Tokens]:
             found = made.by_sentencepiece(given, threads)
-            return [ids[::-1] if "fox" in text else ids for text, ids in zip(given, found, strict=True)]
+            return [ids[::-1] if "brown fox" in text else ids for text, ids in zip(given, found, strict=True)]
 
         return encode
 
@@ -105,6 +107,40 @@ def test_one_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == []
     with pytest.raises(UserError, match="kitoken is not installed"):
         choose("kitoken", fresh(), [], told.append)
+
+
+def test_one_that_lacks_what_it_needs_is_an_error_when_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for name in ("awkward", *FASTEST):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    told: list[str] = []
+    with pytest.raises(UserError, match="gigatoken is not installed"):
+        choose("gigatoken", fresh(), [], told.append)
+    assert choose("auto", fresh(), [], told.append) == "sentencepiece"
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_pieces_of_the_user_that_the_sample_lacks_are_tried(name: encoders.Name, tmp_path: Path) -> None:
+    """gigatoken takes "zq xj" for a piece of the user; SentencePiece, which sees U+2581 for the space, does not."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts() for line in text.split("\n") if line.strip()),
+        model_writer=model, model_type="bpe", vocab_size=500, hard_vocab_limit=False, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.98,
+        user_defined_symbols=["zq xj", "qq"], minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "theirs.model").write_bytes(model.getvalue())
+    tokenizer = Tokenizer.load(tmp_path / "theirs.model")
+    told: list[str] = []
+    sample = texts()
+    assert not any("zq xj" in text for text in sample)
+    chosen = choose(name, tokenizer, sample, told.append)
+    assert (chosen == name) == (told == [])
+    expected = tokenizer.encode_batch(["zq xj", "a zq xjqqq"])
+    use(tokenizer, chosen)
+    for a, b in zip(expected, tokenizer.encode_batch(["zq xj", "a zq xjqqq"]), strict=True):
+        assert a.tolist() == b.tolist()
 
 
 @pytest.mark.parametrize("name", INSTALLED)

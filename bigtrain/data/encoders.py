@@ -60,7 +60,7 @@ def choose(
         try:
             use(tokenizer, name)
         except UserError as e:
-            if importlib.util.find_spec(name) is None:
+            if wanted != "auto" and isinstance(e.__cause__, ImportError):
                 raise
             tell(f"{name} is not used: {e.what}")
             continue
@@ -73,17 +73,14 @@ def choose(
 
 
 def difference(tokenizer: Tokenizer, sample: Sequence[str]) -> str | None:
-    """What the tokenizer's encoder does otherwise than SentencePiece, in words; None if all ids are equal."""
-    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
-    control = [pieces[i] for i in tokenizer.special_ids]
-    texts = [
-        *sample,
-        *_HOSTILE,
-        *control,
-        *(f"say {piece} here\n{piece}" for piece in control),
-        SPACE,
-        f"a{SPACE} b",
-    ]
+    """What the tokenizer's encoder does otherwise than SentencePiece, in words; None if all ids are equal.
+
+    Tried on `sample`, on hostile text, and on every piece as text, alone and among other text: control pieces, bytes
+    ("<0x0A>") and pieces that a user defined, which a sample may lack.
+    """
+    pieces = [tokenizer.piece(i).replace(SPACE, " ") for i in range(tokenizer.vocab_size)]
+    within = (f"say {piece} here\n{piece}{piece}" for piece in pieces)
+    texts = [*sample, *_HOSTILE, *pieces, *within, SPACE, f"a{SPACE} b"]
     fast = tokenizer.encoder
     try:
         found = tokenizer.encode_batch(texts)
@@ -106,7 +103,7 @@ def _made(tokenizer: Tokenizer, name: Name) -> Encode:
         whole = _kitoken(tokenizer.model) if name == "kitoken" else _gigatoken(tokenizer.model)
     except ImportError as e:
         raise UserError(
-            f"{name} is not installed", do=f'pip install "bigtrain[{name}]", or --encoder auto'
+            f"{name} is not installed ({e})", do=f'pip install "bigtrain[{name}]", or --encoder auto'
         ) from e
     except Exception as e:  # whatever a foreign package raises for a model that it does not know
         raise UserError(f"it cannot read this model ({type(e).__name__}: {str(e)[:100]})") from e
