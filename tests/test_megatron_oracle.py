@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,23 @@ def test_it_reads_our_shards(megatron: Any, tmp_path: Path) -> None:
             assert theirs[i].tolist() == documents[read].tolist()
             read += 1
     assert read == len(documents)
+
+
+def test_it_reads_our_shards_of_a_large_vocabulary(megatron: Any, tmp_path: Path) -> None:
+    """Also documents without tokens, which are borders without a sequence; prepare writes none."""
+    tokenizer = copy.copy(small_tokenizer())
+    tokenizer.vocab_size = 70_000
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 70_000, n).astype(np.int32) for n in (40, 0, 3, 70_000, 0)]
+    writer = ShardWriter(tmp_path / "wide", tokenizer)
+    for document in documents:
+        writer.add(document, text_bytes=1, source="")
+    writer.close()
+    theirs = megatron.IndexedDataset(str(tmp_path / "wide"))
+    assert theirs.index.dtype == np.int32
+    borders = theirs.document_indices.tolist()
+    found = [[id_ for i in range(a, b) for id_ in theirs[i].tolist()] for a, b in pairwise(borders)]
+    assert found == [document.tolist() for document in documents]
 
 
 def test_it_reads_documents_of_several_sequences(megatron: Any, tmp_path: Path) -> None:
