@@ -225,3 +225,12 @@ def test_a_folder_that_is_no_corpus(tmp_path: Path) -> None:
             Corpus.open(tmp_path)
     manifest.write_text(good)
     assert Corpus.open(tmp_path, "validation").num_tokens == 0
+
+
+def test_an_empty_shard_is_passed_over(tmp_path: Path) -> None:
+    first, last = random_documents(2, 9, seed=3)
+    documents = [first, np.empty(0, np.int32), last]
+    corpus = Corpus.open(write_corpus(tmp_path, documents, shards=3))
+    expected = np.concatenate(documents).tolist()
+    assert corpus.read(0, corpus.num_tokens).tolist() == expected
+    assert corpus.read_mask(0, corpus.num_tokens).all()

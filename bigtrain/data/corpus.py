@@ -216,7 +216,8 @@ class Corpus:
         while done < count:
             offset = start + done - int(self._starts[number])
             size = min(count - done, self._parts[number].tokens - offset)
-            yield done, number, offset, size
+            if size:  # a shard may be empty
+                yield done, number, offset, size
             done += size
             number += 1
 
