@@ -88,6 +88,17 @@ class BatchSchedule:
                 return length.batch, length.tokens
         return self.size(step), self.length
 
+    def walk(self, progress: Progress, left_out: LeftOut = ()) -> Iterator[tuple[Progress, int, int]]:
+        """Every step from `progress` on: where the run stands before it, its sequences, and tokens S of each."""
+        while True:
+            size, length = self.at(progress.step, sample_id(progress.samples, left_out))
+            yield progress, size, length
+            progress = Progress(progress.step + 1, progress.samples + size, progress.tokens + size * length)
+
+    def _changes(self, step: int) -> bool:
+        """Whether steps from `step` on are not all alike."""
+        return step < self.ramp_steps or bool(self.later)
+
     def total_steps(self, config: Config, progress: Progress, left_out: LeftOut = ()) -> int:
         """Steps of the whole run: train.steps, or the first step at which train.tokens are reached.
 
@@ -95,43 +106,38 @@ class BatchSchedule:
         """
         if config.train.steps is not None:
             return config.train.steps
-        assert config.train.tokens is not None, "validated: steps or tokens"
-        step, samples, left = progress.step, progress.samples, config.train.tokens - progress.tokens
-        while left > 0 and (step < self.ramp_steps or self.later):
-            size, length = self.at(step, sample_id(samples, left_out))
-            left -= size * length
-            samples += size
-            step += 1
-        return step + max(0, -(-left // (self.full * self.length)))
+        tokens = config.train.tokens
+        assert tokens is not None, "validated: steps or tokens"
+        now = next(
+            p for p, *_ in self.walk(progress, left_out) if p.tokens >= tokens or not self._changes(p.step)
+        )
+        return now.step + max(0, -(-(tokens - now.tokens) // (self.full * self.length)))
 
     def ahead(self, progress: Progress, total_steps: int, left_out: LeftOut = ()) -> Progress:
         """Where a run that stands at `progress` will stand after `total_steps` steps."""
-        step, samples, tokens = progress.step, progress.samples, progress.tokens
-        while step < total_steps and (step < self.ramp_steps or self.later):
-            size, length = self.at(step, sample_id(samples, left_out))
-            samples, tokens, step = samples + size, tokens + size * length, step + 1
-        rest = max(0, total_steps - step) * self.full
-        return Progress(max(step, total_steps), samples + rest, tokens + rest * self.length)
+        now = next(
+            p for p, *_ in self.walk(progress, left_out) if p.step >= total_steps or not self._changes(p.step)
+        )
+        rest = max(0, total_steps - now.step) * self.full
+        return Progress(max(now.step, total_steps), now.samples + rest, now.tokens + rest * self.length)
 
     def length_problem(self, progress: Progress, total_steps: int, left_out: LeftOut = ()) -> str:
         """Why a step of those to come would have sequences of two lengths; "" when none has."""
-        step, samples = progress.step, progress.samples
-        while self.later and step < total_steps:
-            first = sample_id(samples, left_out)
-            size, length = self.at(step, first)
-            last = sample_id(samples + size - 1, left_out)
-            if self.at(step, last)[1] != length:
+        for now, size, length in self.walk(progress, left_out):
+            if not self.later or now.step >= total_steps:
+                break
+            first, last = (sample_id(n, left_out) for n in (now.samples, now.samples + size - 1))
+            if self.at(now.step, last)[1] != length:
                 begins = next(each.sample for each in self.later if first < each.sample <= last)
                 return (
-                    f"data.stages: the sequence length changes at sample {begins}, inside step {step + 1} (samples "
+                    f"data.stages: the sequence length changes at sample {begins}, inside step {now.step + 1} (samples "
                     f"{first} to {last}); let the stage begin at sample {first} or {last + 1}"
                 )
-            if step < self.ramp_steps and length != self.length:
+            if now.step < self.ramp_steps and length != self.length:
                 return (
-                    f"data.stages: the sequence length changes in step {step + 1}, while the batch still grows; let it "
-                    f"change after step {self.ramp_steps}, or lower train.batch_ramp_steps"
+                    f"data.stages: the sequence length changes in step {now.step + 1}, while the batch still grows; "
+                    f"let it change after step {self.ramp_steps}, or lower train.batch_ramp_steps"
                 )
-            samples, step = samples + size, step + 1
         return ""
 
 
@@ -194,10 +200,9 @@ def rank_samples(
     The global batch of a step is one contiguous range of samples, `left_out` passed over. Microbatch i of rank r
     holds the samples [(i x data_size + r) x microbatch, + microbatch) of that range.
     """
-    first = progress.samples
-    for step in range(progress.step, total_steps):
-        size, _ = schedule.at(step, sample_id(first, left_out))
-        stride = microbatch * data_size
-        starts = range(first + data_rank * microbatch, first + size, stride)
+    stride = microbatch * data_size
+    for now, size, _ in schedule.walk(progress, left_out):
+        if now.step >= total_steps:
+            return
+        starts = range(now.samples + data_rank * microbatch, now.samples + size, stride)
         yield [[sample_id(n, left_out) for n in range(s, s + microbatch)] for s in starts]
-        first += size

@@ -182,13 +182,35 @@ class DataConfig(Section):
         return self.sources or {"data": SourceConfig(path=self.path or "", tokenizer=self.tokenizer)}
 
     @property
+    def first_path(self) -> str:
+        """Where the first corpus lies: the only one of most runs."""
+        return next(iter(self.corpora.values())).path
+
+    @property
+    def in_stages(self) -> dict[int, tuple[int, dict[str, float]]]:
+        """Sequence length and weights of the sources by the sample from which they hold."""
+        length, weights = self.sequence_length, {name: source.weight for name, source in self.corpora.items()}
+        found = {0: (length, weights)}
+        for stage in sorted(self.stages.values(), key=lambda stage: stage.sample):
+            length = stage.sequence_length or length
+            weights = weights if stage.weights is None else stage.weights
+            found[stage.sample] = length, weights
+        return found
+
+    @property
     def lengths(self) -> dict[int, int]:
         """Sequence length by the sample from which it holds."""
-        found = {0: self.sequence_length}
-        for stage in sorted(self.stages.values(), key=lambda stage: stage.sample):
-            if stage.sequence_length not in (None, list(found.values())[-1]):
-                found[stage.sample] = stage.sequence_length or 0
+        found: dict[int, int] = {}
+        last = 0
+        for sample, (length, _) in self.in_stages.items():
+            if length != last:
+                found[sample] = last = length
         return found
+
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """`skip`, as pairs."""
+        return [(first, last) for first, last in self.skip]
 
 
 class TrainConfig(Section):

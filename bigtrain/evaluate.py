@@ -66,7 +66,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     trained = open_model(args.model)
     for warning in trained.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    data = args.data or next(iter(trained.config.data.corpora.values())).path
+    data = args.data or trained.config.data.first_path
     result = evaluate(trained, data=data, split=args.split, sequences=args.sequences)
     if args.json:
         print(

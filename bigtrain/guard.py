@@ -80,7 +80,7 @@ class Guard:
     def __init__(self, config: Config) -> None:
         self.policy = config.guard
         self.max_skipped = config.train.max_skipped
-        self._skip = [(first, last) for first, last in config.data.skip]
+        self._skip = config.data.skipped
         self.rolled: list[Finding] = []
         """The spikes that the run was rolled back for."""
         self.refused = False

@@ -141,7 +141,7 @@ def import_command(args: argparse.Namespace) -> int:
         print(f"not needed: {', '.join(found.ignored[:5])}" + (", ..." if len(found.ignored) > 5 else ""))
     print(f"wrote {found.path}")
     print("next:")
-    folder, path = place(args.folder), next(iter(found.config.data.corpora.values())).path
+    folder, path = place(args.folder), found.config.data.first_path
     if not (Path(path) / "dataset.json").is_file():
         _say_how_to_prepare(folder, path)
     print(f"  bigtrain train {found.path}")

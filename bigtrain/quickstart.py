@@ -46,7 +46,7 @@ def quickstart(*, run: str, data: str, overrides: list[str]) -> int:
     """Prepare, sample, train, sample again; then say what happened and where everything lies."""
     settings = [f"data.path={data}", *overrides]
     config = load(find_config("quickstart"), settings)
-    data = next(iter(config.data.corpora.values())).path  # --set data.path wins over --data
+    data = config.data.first_path  # --set data.path wins over --data
     _prepare(config, data)
     print("\n== Before training the model writes noise ==", flush=True)
     before = _samples(_untrained(config, data), tokens=30)

@@ -23,13 +23,11 @@ def samples_of(config: Config) -> Samples:
     weights cannot be kept.
     """
     corpora = _open(config, "train")
-    lengths, weights = [], []
-    for length, by_name in _stages(config).values():
-        lengths.append(length)
-        weights.append([by_name.get(name, 0.0) for name in corpora])
-    starts = list(_stages(config))
+    in_stages = config.data.in_stages
+    lengths = [length for length, _ in in_stages.values()]
+    weights = [[by_name.get(name, 0.0) for name in corpora] for _, by_name in in_stages.values()]
     try:
-        stages = [Stage(start, quotas(each)) for start, each in zip(starts, weights, strict=True)]
+        stages = [Stage(start, quotas(each)) for start, each in zip(in_stages, weights, strict=True)]
     except ValueError as e:
         raise UserError(str(e), where="data.sources", do="leave out sources that are hardly read") from e
     cut = BestFit if config.data.packing == "best_fit" else Chunks
@@ -70,18 +68,6 @@ def _open(config: Config, split: Split) -> dict[str, Corpus]:
                 do=f"prepare it again with --tokenizer {opened[first].tokenizer_path}",
             )
     return opened
-
-
-def _stages(config: Config) -> dict[int, tuple[int, dict[str, float]]]:
-    """First sample -> (sequence length, weights by name)."""
-    d = config.data
-    length, weights = d.sequence_length, {name: source.weight for name, source in d.corpora.items()}
-    found = {0: (length, weights)}
-    for stage in sorted(d.stages.values(), key=lambda stage: stage.sample):
-        length = stage.sequence_length or length
-        weights = weights if stage.weights is None else stage.weights
-        found[stage.sample] = length, weights
-    return found
 
 
 def _reweighted(config: Config, samples: Samples, weights: Sequence[Sequence[float]]) -> Samples:

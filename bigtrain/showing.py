@@ -62,9 +62,9 @@ class Reading:
         run = Path(given)
         if not (run / "config.toml").is_file():
             config = load(find_config(given), overrides)
-            return Reading(config, united(_pairs(config.data.skip)))
+            return Reading(config, united(config.data.skipped))
         config, metrics = load(run / "config.toml", overrides), run / "metrics.jsonl"
-        ranges = _pairs(config.data.skip)
+        ranges = config.data.skipped
         for record in read_records(metrics):
             if record.get("kind") == "event" and record.get("name") == "rollback":
                 ranges.append((record["data"]["first_sample"], record["data"]["last_sample"]))
@@ -96,10 +96,6 @@ class Reading:
                 elif progress.step == step:
                     after = progress
         return before, after
-
-
-def _pairs(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    return [(first, last) for first, last in ranges]
 
 
 def show(samples: Samples, wanted: Sequence[int], *, characters: int = 60) -> Iterator[ShownSample]:
