@@ -11,12 +11,10 @@ import hashlib
 import json
 import os
 import time
-import zlib
 from pathlib import Path
-from typing import Any
 
 from bigtrain.data.files import commit, disk_errors, temporary, write_whole
-from bigtrain.data.shards import BLOCK, ShardInfo
+from bigtrain.data.shards import ShardInfo, altered
 from bigtrain.errors import RunError, UserError
 
 _TRIES = 4
@@ -113,16 +111,7 @@ class Copies:
         size = temporary(file).stat().st_size
         if size != shard.files[file.suffix]:
             return f"has {size} bytes, expected {shard.files[file.suffix]}"
-        with open(temporary(file), "rb") as stream:
-            if file.suffix == ".bin":
-                found: Any = tuple(zlib.crc32(stream.read(BLOCK)) for _ in shard.crc32)
-                wanted: Any = shard.crc32
-            else:
-                found, wanted = (
-                    zlib.crc32(stream.read()),
-                    {".idx": shard.idx_crc32, ".mask": shard.mask_crc32}[file.suffix],
-                )
-        return "" if found == wanted else "its checksum differs"
+        return altered(shard, file.suffix, temporary(file))
 
 
 def _digest(manifest: bytes) -> str:

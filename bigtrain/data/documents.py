@@ -102,7 +102,7 @@ class Report:
     def drop(self, text: str, counter: str, example: str) -> None:
         """Count out a document that was counted in as read."""
         self.documents -= 1
-        self.text_bytes -= _bytes(text)
+        self.text_bytes -= utf8_bytes(text)
         self.note(counter, example)
 
     def skipped(self) -> dict[str, int]:
@@ -116,8 +116,8 @@ class Report:
         self.examples = [*self.examples, *other.examples][:_EXAMPLES]
 
 
-def _bytes(text: str) -> int:
-    """Of its UTF-8."""
+def utf8_bytes(text: str) -> int:
+    """Bytes of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
 
 
@@ -148,7 +148,7 @@ def read_documents(
                 report.note(found[0], f"{where}: {found[1]}")
                 continue
             report.documents += 1
-            report.text_bytes += _bytes(clean)
+            report.text_bytes += utf8_bytes(clean)
             segments = () if isinstance(text, str) else tuple((replace_surrogates(t)[0], c) for t, c in text)
             yield Document(clean, where, segments)
         behind += piece.size

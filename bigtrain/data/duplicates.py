@@ -27,7 +27,6 @@ from bigtrain.errors import RunError
 
 FOLDER = "duplicates"
 """Of the signs and the decisions, in the corpus folder, until the corpus is finished."""
-COUNTERS = ("duplicates", "near_duplicates")
 _NAMED = 10
 """Documents for which the report names the one that stays: it shows no more examples."""
 

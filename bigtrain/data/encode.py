@@ -17,6 +17,9 @@ _BATCH = 2**20
 """Characters handed to the encoder at once; it spreads them over the cores."""
 
 
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
 class Encoded(NamedTuple):
     """A document as tokens."""
 
@@ -24,14 +27,18 @@ class Encoded(NamedTuple):
     document: Document
     tokens: Tokens
     """int32 (n,), framed by BOS (if the tokenizer has one) and EOS."""
-    mask: np.ndarray[Any, np.dtype[np.bool_]]
+    mask: Mask | None
     """(n,) Which tokens are learned: of a conversation, those of the responses, and EOS behind a response."""
 
 
 def encoded(
-    documents: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, threads: int = -1
+    documents: Iterable[tuple[Split, Document]],
+    tokenizer: Tokenizer,
+    threads: int = -1,
+    *,
+    masks: bool = False,
 ) -> Iterator[Encoded]:
-    """Each document with its ids. The parts of a conversation are encoded by themselves.
+    """Each document with its ids, and with its mask if `masks`. The parts of a conversation are encoded by themselves.
 
     `threads`: of the encoder, -1 for one a core; the ids do not depend on it.
     """
@@ -45,9 +52,10 @@ def encoded(
         ids = iter(tokenizer.encode_batch([text for of_one in parts for text, _ in of_one], threads=threads))
         for (split, document), of_one in zip(batch, parts, strict=True):
             bodies = [next(ids) for _ in of_one]
-            learned = [np.full(len(body), counts) for body, (_, counts) in zip(bodies, of_one, strict=True)]
-            first = np.full(len(begin), not document.segments)
-            mask = np.concatenate([first, *learned, [of_one[-1][1]]])
+            mask = None
+            if masks:
+                counts = [not document.segments, *(learned for _, learned in of_one), of_one[-1][1]]
+                mask = np.repeat(counts, [len(begin), *map(len, bodies), len(end)])
             yield Encoded(split, document, np.concatenate([begin, *bodies, end]), mask)
         batch.clear()
 

@@ -23,19 +23,16 @@ Encode = Callable[[Sequence[str], int], list[Tokens]]
 """Texts and threads (-1: every core) to ids."""
 
 _HOSTILE = (
-    *(
-        "",
-        " ",
-        "  two  spaces ",
-        "\t tab\r\nCRLF\r\r\n\n\n",
-        "nul \0 bell \a \x1b \ufeff\xa0\u2028\u200d",
-        "\ufffd",
-    ),
-    *(
-        "😀 \U0001f469\u200d\U0001f467 🇩🇪 é e\u0301 \ufb01 \u2460 \u212b \uff46",
-        "שלום مرحبا 人工智能改变世界。",
-    ),
-    *("12345.678e-9 0x0A <0x0A>", "a" * 3000),
+    "",
+    " ",
+    "  two  spaces ",
+    "\t tab\r\nCRLF\r\r\n\n\n",
+    "nul \0 bell \a \x1b \ufeff\xa0\u2028\u200d",
+    "\ufffd",
+    "😀 \U0001f469\u200d\U0001f467 🇩🇪 é e\u0301 \ufb01 \u2460 \u212b \uff46",
+    "שלום مرحبا 人工智能改变世界。",
+    "12345.678e-9 0x0A <0x0A>",
+    "a" * 3000,
 )
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import heapq
 import json
 import struct
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -226,8 +225,7 @@ class Packs:
         """Sequences."""
         self.padding = 1 - int(self._tokens[-1]) / max(1, self.count * size)
         """Share of their tokens that is padding."""
-        self._maps: OrderedDict[int, Packed] = OrderedDict()
-        self._lock = threading.Lock()
+        self._map = lru_cache(_OPEN)(self._mapped)
 
     @staticmethod
     def open(
@@ -259,13 +257,7 @@ class Packs:
         starts = packed.starts[mine] + int(self._tokens[number])
         return list(zip(starts.tolist(), packed.sizes[mine].tolist(), strict=True))
 
-    def _map(self, number: int) -> Packed:
-        with self._lock:
-            if number not in self._maps:
-                info = self._infos[number]
-                file = self._folder / f"{info.shard}.pack{self._size}"
-                self._maps[number] = _read(self._local(file), self._size, info.idx_crc32)
-                if len(self._maps) > _OPEN:
-                    self._maps.popitem(last=False)
-            self._maps.move_to_end(number)
-            return self._maps[number]
+    def _mapped(self, number: int) -> Packed:
+        info = self._infos[number]
+        file = self._folder / f"{info.shard}.pack{self._size}"
+        return _read(self._local(file), self._size, info.idx_crc32)

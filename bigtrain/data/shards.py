@@ -73,6 +73,19 @@ class ShardInfo:
         return found if self.mask_crc32 is None else {**found, ".mask": mask_bytes(self.tokens)}
 
 
+def altered(info: ShardInfo, suffix: str, file: Path) -> str:
+    """What differs from what was written in a data file (`.bin`, `.idx`, `.mask`) of a shard; "" if nothing does."""
+    with open(file, "rb") as stream:
+        if suffix != ".bin":
+            wanted = info.idx_crc32 if suffix == ".idx" else info.mask_crc32
+            return "" if zlib.crc32(stream.read()) == wanted else "was altered: its checksum differs"
+        for block, crc in enumerate(info.crc32):
+            if zlib.crc32(stream.read(BLOCK)) != crc:
+                first, last = block * BLOCK, min((block + 1) * BLOCK, info.bin_bytes) - 1
+                return f"block {block} (bytes {first} to {last}) was altered: its checksum differs"
+    return ""
+
+
 def mask_bytes(tokens: int) -> int:
     """Size of a `.mask`."""
     return -(-tokens // 8)

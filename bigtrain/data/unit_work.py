@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bigtrain.data.documents import Report, read_documents
+from bigtrain.data.documents import Report, read_documents, utf8_bytes
 from bigtrain.data.duplicates import without_duplicates
 from bigtrain.data.encode import ShardSet, encoded
 from bigtrain.data.files import disk_errors, write_whole
@@ -93,13 +93,14 @@ def do_unit(
             )
             documents = shuffled(documents, int(work.shuffle_mb * 1e6), seed)
         split = split_documents if unit.number == 0 else by_hash
-        for each in encoded(split(documents, work.validation_fraction), tokenizer, threads):
+        sides = split(documents, work.validation_fraction)
+        for each in encoded(sides, tokenizer, threads, masks=work.read.chat is not None):
             text = each.document.text
-            size = len(text) if text.isascii() else len(text.encode())
             if tokenizer.changes_space_symbol(text):
                 report.note("space_symbols", f"{each.document.source}: U+2581 becomes a space")
-            mask = each.mask if work.read.chat is not None else None
-            sets[each.split].add(each.tokens, text_bytes=size, source=each.document.source, mask=mask)
+            sets[each.split].add(
+                each.tokens, text_bytes=utf8_bytes(text), source=each.document.source, mask=each.mask
+            )
             if (now := time.monotonic()) - last > 0.2:
                 last = now
                 tell(report, sum(each.tokens for each in sets.values()))
