@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bigtrain_kernels import attention_backward, attention_forward
 from bigtrain_kernels.attention_cost import pairs_of
+from bigtrain_kernels.attention_path import on_hopper
 from bigtrain_kernels.attention_tiles import described
 
 
@@ -37,8 +38,13 @@ def attention(
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse = torch.full((B, H, S), -torch.inf, dtype=torch.float32, device=q.device)
         return out, lse if sinks is None else lse.copy_(sinks[None, :, None])
+    q, k, v = map(described, (q, k, v))
+    if on_hopper(q, softcap):
+        from bigtrain_kernels import attention_hopper  # Gluon, which the interpreter does not know
+
+        return attention_hopper.forward(q, k, v, cu_q, cu_k, sinks, scale=scale, left=left, right=right)
     return attention_forward.forward(
-        *map(described, (q, k, v)), cu_q, cu_k, sinks, scale=scale, left=left, right=right, softcap=softcap
+        q, k, v, cu_q, cu_k, sinks, scale=scale, left=left, right=right, softcap=softcap
     )
 
 

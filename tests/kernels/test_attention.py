@@ -15,6 +15,7 @@ from bigtrain_kernels.attention_api import (
     scaled_dot_product_attention,
 )
 from bigtrain_kernels.attention_cost import pairs
+from bigtrain_kernels.attention_path import choose
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -299,6 +300,29 @@ def test_a_gradient_of_minus_infinity_does_no_harm() -> None:
     found = torch.autograd.grad((out, lse), leaves, (do[None], dlse))
     assert all(x.isfinite().all() for x in found)
     assert torch.equal(found[0][:, :4], torch.zeros_like(found[0][:, :4]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "path", "why"),
+    [
+        ({}, "hopper", "Hopper"),
+        ({"wanted": "portable"}, "portable", "asked for"),
+        ({"capability": (10, 0)}, "portable", "10.0, not 9.0"),
+        ({"capability": (8, 0), "wanted": "hopper"}, "portable", "8.0, not 9.0"),
+        ({"dim": 96}, "portable", "heads of 96"),
+        ({"softcap": 3.0}, "portable", "softcap"),
+        ({"dtype": torch.float32}, "portable", "float32"),
+        ({"proven": False}, "portable", "has not run on a GPU"),
+        ({"proven": False, "wanted": "hopper"}, "hopper", "Hopper"),
+    ],
+)
+def test_the_kernels_for_hopper_are_taken_there(changed: dict[str, Any], path: str, why: str) -> None:
+    usual = {"wanted": "auto", "capability": (9, 0), "dim": 128, "dtype": torch.bfloat16, "softcap": 0.0}
+    found, reason = choose(**{**usual, "proven": True, **changed})
+    assert found == path
+    assert why in reason
+    with pytest.raises(ValueError, match="BIGTRAIN_ATTENTION is 'fast'"):
+        choose(**{**usual, "wanted": "fast", "proven": True})
 
 
 @pytest.mark.parametrize(
