@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from bigtrain_kernels.attention_tiles import tiles_of
+from bigtrain_kernels.attention_tiles import given, tiles_of
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -322,9 +322,9 @@ def forward(
     keys, stages = 128, {64: 3, 128: 2}[D]
     tiles, number = tiles_of(cu_q, B, S, 2 * ROWS)
     attention_forward_hopper[(number * H,)](
-        _descriptor(q, ROWS), _descriptor(k, keys), _descriptor(v, keys), out, lse, lse if sinks is None else sinks,
-        lse if tiles is None else tiles, lse if cu_q is None else cu_q, lse if cu_k is None else cu_k,
-        0 if cu_q is None else len(cu_q) - 1, S, N, number, -(-S // (2 * ROWS)), H, left, right, scale,
+        _descriptor(q, ROWS), _descriptor(k, keys), _descriptor(v, keys), out, lse,
+        *given(lse, sinks, tiles, cu_q, cu_k), 0 if cu_q is None else len(cu_q) - 1, S, N, number,
+        -(-S // (2 * ROWS)), H, left, right, scale,
         G=H // K, D=D, BN=keys, STAGES=stages, PACKED=cu_q is not None, LEFT=left >= 0, RIGHT=right >= 0,
         SINK=sinks is not None, num_warps=4, maxnreg=168,
     )  # fmt: skip

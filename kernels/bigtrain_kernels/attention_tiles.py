@@ -134,6 +134,11 @@ def tiles_of(cu: torch.Tensor | None, batch: int, rows: int, block: int) -> tupl
     return tiles, capacity
 
 
+def given(other: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """The tensors, `other` in place of those that there are not: a kernel takes a pointer and leaves it alone."""
+    return [other if x is None else x for x in tensors]
+
+
 def described(x: torch.Tensor) -> torch.Tensor:
     """x (B, S, H, D), or a copy, with strides that TMA takes: D by 1, others by multiples of 16 bytes, none by 0."""
     unit = 16 // x.element_size()
