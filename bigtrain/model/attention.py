@@ -181,8 +181,13 @@ def takes_fused(kernels: str, head_dim: int, dtype: torch.dtype, device: torch.d
     return not why
 
 
-@once
 def _tell(level: int, text: str) -> None:
+    if not torch.compiler.is_compiling():  # logging would break the graph
+        _tell_once(level, text)
+
+
+@once
+def _tell_once(level: int, text: str) -> None:
     _log.log(level, text)
 
 

@@ -14,7 +14,7 @@ from bigtrain_kernels.attention_api import (
     flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
-from bigtrain_kernels.attention_cost import pairs
+from bigtrain_kernels.attention_cost import attention_bytes, pairs
 from bigtrain_kernels.attention_path import choose
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -277,6 +277,9 @@ def test_operations_are_counted() -> None:
     assert pairs(2, 4, -1, 0) == 3 + 4
     assert pairs(4, 2, -1, 0) == 0 + 0 + 1 + 2
     assert pairs(5, 5, 1, 0) == 1 + 2 * 4
+    tensors = 2 * (33 * 2 * 32 + 33 * 1 * 32) * 2  # q, out, k, v in 16 bits
+    assert attention_bytes((1, 33, 2, 32), (1, 33, 1, 32)) == tensors + 4 * 33 * 2
+    assert attention_bytes((1, 33, 2, 32), (1, 33, 1, 32), backward=True) == 2 * tensors + 4 * 33 * 2
     q, k, v, _, _ = made([20, 13], [20, 13], 2, 1, 32, torch.float32)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     ends = torch.tensor([0, 20, 33], dtype=torch.int32, device=DEVICE)
