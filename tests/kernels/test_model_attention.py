@@ -66,7 +66,9 @@ def test_a_model_of_them_learns_the_same(recompute: str) -> None:
     ends = torch.tensor([0, 13, 24, 40, 48], dtype=torch.int32, device=DEVICE)
     losses = {}
     for kernels in ("reference", "triton"):
-        model = build_model(config(layers=1, sliding_window=9), kernels=kernels, recompute=recompute).to(DEVICE, DTYPE)
+        model = build_model(config(layers=1, sliding_window=9), kernels=kernels, recompute=recompute).to(
+            DEVICE, DTYPE
+        )
         loss = model(tokens, cu_seqlens=ends, targets=tokens).objective
         loss.backward()
         losses[kernels] = [loss.detach()] + [p.grad for p in model.parameters()]
