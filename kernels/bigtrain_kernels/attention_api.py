@@ -104,9 +104,9 @@ def flash_attn_varlen_func(
         "cu_seqlens_k",
         f"has {cu_seqlens_k.shape[0]} entries, cu_seqlens_q has {number}",
     )
-    parts = (x[None] for x in (q, k, v))
-    cus = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
-    out, lse = _call(*parts, *cus, sinks, softmax_scale, causal, window_size, softcap)
+    q, k, v = (x[None] for x in (q, k, v))
+    cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    out, lse = _call(q, k, v, cu_q, cu_k, sinks, softmax_scale, causal, window_size, softcap)
     return (out[0], lse[0]) if return_lse else out[0]
 
 
