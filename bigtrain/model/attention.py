@@ -6,18 +6,23 @@ key/value heads, D head dim, C model width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache as once
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils.checkpoint import checkpoint
 
 from bigtrain.config import ModelConfig
 from bigtrain.model.cache import KVCache
 from bigtrain.model.norm import RMSNorm
 from bigtrain.model.rope import rope_tables, rotate
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,15 @@ class Scope:
     rope: tuple[torch.Tensor, torch.Tensor] | None
     """cos and sin for these positions, or None with learned positions."""
     mask: torch.Tensor | None
-    """(1 or B, 1, S, L) bool, True where a query (S) sees a key (L). None: `causal` says it all."""
+    """(1 or B, 1, S, L) bool, True where a query (S) sees a key (L). None: what follows says it all."""
     causal: bool
     """Without a mask: each token sees itself and those before it. False: it sees every token."""
+    fused: bool = False
+    """Attention is the fused kernels', which need no mask: they know documents and windows themselves."""
+    cu_seqlens: torch.Tensor | None = None
+    """Only when `fused`: (documents + 1,) int32, the documents in the B S tokens, every row's end being one's too."""
+    window: int = 0
+    """Only when `fused`: a token sees this many, itself included. 0: all."""
 
 
 def make_scope(
@@ -43,27 +54,35 @@ def make_scope(
     cache: KVCache | None = None,
     *,
     explicit: bool = False,
+    fused: bool = False,
     queries: torch.Tensor | None = None,
 ) -> Scope:
     """Positions, rotary tables and visibility of tokens (B, S).
 
-    `explicit` asks for a mask even where "causal" would do (the reference attention). `queries` (S,) int64 are
-    the columns this rank computes, by default all; then S below counts these, and keys are all columns.
+    `explicit` asks for a mask even where "causal" would do (the reference attention). `fused` asks for none where
+    the fused kernels can do without: with a cache, or with some of the columns, there may be one. `queries` (S,) int64
+    are the columns this rank computes, by default all; then S below counts these, and keys are all columns.
     """
     B, S = tokens.shape
     causal = config.objective == "causal"
     positions = torch.arange(S, device=tokens.device)
     keys = positions
-    same: torch.Tensor | None = None
+    document: torch.Tensor | None = None
     if cache is not None:
         positions = cache.lengths[:, None] + positions
         keys = torch.arange(cache.end + S, device=tokens.device)
     elif cu_seqlens is not None and len(cu_seqlens) != B + 1:  # B + 1: rows are the only boundaries
         document, positions = documents(cu_seqlens, B, S)
-        asking = document if queries is None else document[:, queries]
-        same = asking[:, :, None] == document[:, None, :]
     if queries is not None:
         positions = positions[..., queries]
+    rope = rope_tables(positions, config) if config.position == "rope" else None
+    if fused and cache is None and queries is None:
+        ends = None if document is None or cu_seqlens is None else _ends(cu_seqlens, B, S)
+        return Scope((B, S), positions, rope, None, causal, True, ends, config.sliding_window or 0)
+    same: torch.Tensor | None = None
+    if document is not None:
+        asking = document if queries is None else document[:, queries]
+        same = asking[:, :, None] == document[:, None, :]
     mask: torch.Tensor | None = same
     if causal and (explicit or same is not None or cache is not None or config.sliding_window):
         # Distances between tokens of one document are the same in the row's numbering.
@@ -75,8 +94,13 @@ def make_scope(
         mask = near if same is None else near & same
     if mask is not None:
         mask = mask[:, None] if mask.dim() == 3 else mask[None, None]
-    rope = rope_tables(positions, config) if config.position == "rope" else None
-    return Scope((B, positions.shape[-1]), positions, rope, mask, causal)
+    return Scope((B, positions.shape[-1]), positions, rope, mask, causal, fused)
+
+
+def _ends(cu_seqlens: torch.Tensor, B: int, S: int) -> torch.Tensor:
+    """The ends of documents and of rows; one that is both comes twice, with an empty document between."""
+    rows = torch.arange(B + 1, dtype=torch.int32, device=cu_seqlens.device) * S
+    return torch.cat([cu_seqlens.to(torch.int32), rows]).sort().values
 
 
 def documents(cu_seqlens: torch.Tensor, B: int, S: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,6 +141,56 @@ def attend_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scope: Scope)
     return out.transpose(1, 2)
 
 
+def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scope: Scope) -> torch.Tensor:
+    """The same by our Triton kernels: no mask, no score, no repeated key; documents and windows cost what they hold.
+
+    What comes with a mask of its own, a cache's for instance, goes to torch.
+    """
+    lower = isinstance(scope.mask, CausalBias) and scope.mask.variant == CausalVariant.LOWER_RIGHT
+    if not scope.fused or (scope.mask is not None and not lower):
+        return attend_sdpa(q, k, v, scope)
+    from bigtrain_kernels.attention_api import flash_attn_func, flash_attn_varlen_func  # loads triton
+
+    seen = (scope.window - 1 if scope.window else -1, -1)
+    out: torch.Tensor
+    if scope.cu_seqlens is None or lower:
+        out = flash_attn_func(q, k, v, causal=scope.causal, window_size=seen)
+        return out
+    q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
+    ends = scope.cu_seqlens
+    out = flash_attn_varlen_func(q_, k_, v_, ends, ends, causal=scope.causal, window_size=seen)
+    return out.view(q.shape)
+
+
+def takes_fused(kernels: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention runs in our Triton kernels, said once in the log.
+
+    `kernels`: "auto", on a GPU in 16 bits; "triton", always, for which a CPU needs TRITON_INTERPRET=1; others, never.
+    """
+    if kernels == "triton":
+        _tell(logging.INFO, f"attention: bigtrain's Triton kernels, as asked for, {dtype} on {device.type}")
+        return True
+    if kernels != "auto" or device.type != "cuda":
+        return False
+    why = "" if dtype in (torch.bfloat16, torch.float16) else f"{dtype} is not theirs"
+    why = why or ("" if head_dim <= 256 else f"a head of {head_dim} is larger than 256")
+    if why:
+        _tell(logging.WARNING, f"attention: torch's, not bigtrain's Triton kernels: {why}")
+    else:
+        _tell(logging.INFO, f"attention: bigtrain's Triton kernels, {dtype} on {device.type}")
+    return not why
+
+
+def _tell(level: int, text: str) -> None:
+    if not torch.compiler.is_compiling():  # logging would break the graph
+        _tell_once(level, text)
+
+
+@once
+def _tell_once(level: int, text: str) -> None:
+    _log.log(level, text)
+
+
 def _repeat_heads(x: torch.Tensor, H: int) -> torch.Tensor:
     """(B, L, K, D) -> (B, H, L, D): key/value head j serves the query heads j H/K .. (j + 1) H/K - 1."""
     B, L, K, D = x.shape
@@ -134,7 +208,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = D
         self.recompute = recompute == "selective"
-        self.attend: Attend = attend_reference if kernels == "reference" else attend_sdpa
+        self.attend: Attend = attend_reference if kernels == "reference" else attend_fused
         self.q_proj = nn.Linear(C, H * D, bias=qkv_bias)
         self.k_proj = nn.Linear(C, K * D, bias=qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=qkv_bias)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigtrain.config import LossConfig, ModelConfig
 from bigtrain.errors import UserError
-from bigtrain.model.attention import Attention, Project, Scope, make_scope
+from bigtrain.model.attention import Attention, Project, Scope, make_scope, takes_fused
 from bigtrain.model.cache import KVCache
 from bigtrain.model.loss import Head, LossSum
 from bigtrain.model.norm import RMSNorm
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
                 do="shorten the sequences or raise model.max_length",
             )
         if scope is None:
-            scope = make_scope(self.config, tokens, cu_seqlens, cache, explicit=self.kernels == "reference")
+            scope = self.scope(tokens, cu_seqlens, cache)
         x = self._embed(tokens, scope) if hidden is None else hidden
         for layer in self.layers:
             if self.recompute == "full" and torch.is_grad_enabled():
@@ -171,6 +171,22 @@ class Transformer(nn.Module):
         if self.lm_head is None or self.norm is None:
             return x
         return self.lm_head(self.norm(x), targets)  # type: ignore[no-any-return]
+
+    def scope(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        queries: torch.Tensor | None = None,
+    ) -> Scope:
+        """Who sees whom in tokens (B, S), in the form that this model's attention takes: see `make_scope`."""
+        dtype = next(self.parameters()).dtype
+        fused = takes_fused(self.kernels, self.config.dim_per_head, dtype, tokens.device)
+        reference = self.kernels == "reference"
+        return make_scope(
+            self.config, tokens, cu_seqlens, cache, explicit=reference, fused=fused, queries=queries
+        )
 
     def _embed(self, tokens: torch.Tensor, scope: Scope) -> torch.Tensor:
         """(B, S) -> (B, S, C)."""

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from bigtrain.mesh import Axis, Mesh
-from bigtrain.model.attention import Attend, Scope, make_scope
+from bigtrain.model.attention import Attend, Scope
 from bigtrain.model.batch import Batch
 from bigtrain.model.loss import LossSum
 from bigtrain.model.transformer import Transformer
@@ -82,9 +82,7 @@ class SharedSequence(nn.Module):
         return torch.empty(*shape, self.model.config.width, dtype=dtype, device=batch.tokens.device)
 
     def _scope(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Scope:
-        whole = partial(
-            make_scope, self.model.config, tokens, cu_seqlens, explicit=self.model.kernels == "reference"
-        )
+        whole = partial(self.model.scope, tokens, cu_seqlens)
         if self.axis.size == 1:
             return whole()
         columns = self.columns(tokens.shape[1], tokens.device)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bigtrain_kernels import attention_backward, attention_forward
 from bigtrain_kernels.attention_cost import pairs_of
+from bigtrain_kernels.attention_path import on_hopper
 from bigtrain_kernels.attention_tiles import described
 
 
@@ -37,8 +38,13 @@ def attention(
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse = torch.full((B, H, S), -torch.inf, dtype=torch.float32, device=q.device)
         return out, lse if sinks is None else lse.copy_(sinks[None, :, None])
+    q, k, v = map(described, (q, k, v))
+    if on_hopper(q, softcap):
+        from bigtrain_kernels import attention_hopper  # Gluon, which the interpreter does not know
+
+        return attention_hopper.forward(q, k, v, cu_q, cu_k, sinks, scale=scale, left=left, right=right)
     return attention_forward.forward(
-        *map(described, (q, k, v)), cu_q, cu_k, sinks, scale=scale, left=left, right=right, softcap=softcap
+        q, k, v, cu_q, cu_k, sinks, scale=scale, left=left, right=right, softcap=softcap
     )
 
 
@@ -69,10 +75,11 @@ def attention_gradients(
         contiguous = torch.contiguous_format
         dq, dk, dv = (torch.zeros_like(x, memory_format=contiguous) for x in (q, k, v))
         return dq, dk, dv, -grad_lse.contiguous()
+    q, k, v, grad = map(described, (q, k, v, grad))
+    grad_lse, out, lse = (x.contiguous() for x in (grad_lse, out, lse))
     return attention_backward.backward(
-        described(grad), grad_lse.contiguous(), *map(described, (q, k, v)), out.contiguous(), lse.contiguous(),
-        cu_q, cu_k, scale=scale, left=left, right=right, softcap=softcap,
-    )  # fmt: skip
+        grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, scale=scale, left=left, right=right, softcap=softcap
+    )
 
 
 @attention_gradients.register_fake
@@ -105,11 +112,11 @@ attention.register_autograd(_differentiate, setup_context=_remember)
 def _flops(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, sinks: Any, scale: Any, left: int, right: int, *_: Any,
            out_val: Any = None, **more: Any) -> int:  # fmt: skip
     """2 products of 2 D operations for each query and key that see each other."""
-    return 4 * q.shape[2] * q.shape[3] * pairs_of(q, k, cu_q, cu_k, left, right)
+    return int(4 * q.shape[2] * q.shape[3] * pairs_of(q, k, cu_q, cu_k, left, right))
 
 
 @register_flop_formula(torch.ops.bigtrain.attention_backward, get_raw=True)
 def _backward_flops(grad: Any, grad_lse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_q: Any, cu_k: Any,
                     scale: Any, left: int, right: int, *_: Any, out_val: Any = None, **more: Any) -> int:  # fmt: skip
     """5 products: that these kernels compute the scores twice is no useful work."""
-    return 10 * q.shape[2] * q.shape[3] * pairs_of(q, k, cu_q, cu_k, left, right)
+    return int(10 * q.shape[2] * q.shape[3] * pairs_of(q, k, cu_q, cu_k, left, right))

@@ -20,6 +20,8 @@ from bigtrain_kernels.attention import attention
 from bigtrain_kernels.checks import check, runs_here
 
 _MOST_DIM = 256
+_FAR = 2**30
+"""Larger windows are as good as this, and sums with a position stay within int32."""
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -102,9 +104,9 @@ def flash_attn_varlen_func(
         "cu_seqlens_k",
         f"has {cu_seqlens_k.shape[0]} entries, cu_seqlens_q has {number}",
     )
-    parts = (x[None] for x in (q, k, v))
-    cus = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
-    out, lse = _call(*parts, *cus, sinks, softmax_scale, causal, window_size, softcap)
+    q, k, v = (x[None] for x in (q, k, v))
+    cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    out, lse = _call(q, k, v, cu_q, cu_k, sinks, softmax_scale, causal, window_size, softcap)
     return (out[0], lse[0]) if return_lse else out[0]
 
 
@@ -152,7 +154,7 @@ def _call(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     runs_here(q)
-    left, right = window
+    left, right = (min(x, _FAR) for x in window)
     if causal:
         right = 0
     op: Any = attention

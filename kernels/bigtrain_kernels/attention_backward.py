@@ -8,7 +8,12 @@ where a pass with atomics on the queries' gradient has five (Dao 2023, arXiv:230
 and delta = rowsum(do out) - dlse, for the gradient of lse by s is p.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
+# (a kernel's arguments are typed by Triton when it is compiled)
+
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +23,7 @@ from bigtrain_kernels.attention_blocks import Blocks, blocks_for
 from bigtrain_kernels.attention_forward import LOG2E, capped
 from bigtrain_kernels.attention_tiles import (
     descriptor,
+    given,
     key_range,
     power,
     query_range,
@@ -195,6 +201,15 @@ def attention_backward_keys(
         tl.store(DV + to, dv.to(DV.dtype.element_ty), mask=inside)
 
 
+class Numbers(NamedTuple):
+    """What the kernels of the backward pass are given besides tensors: see attention.attention."""
+
+    scale: float
+    left: int
+    right: int
+    softcap: float
+
+
 def backward(
     grad: torch.Tensor,
     grad_lse: torch.Tensor,
@@ -210,42 +225,90 @@ def backward(
     left: int,
     right: int,
     softcap: float,
-    blocks: tuple[Blocks, Blocks] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, contiguous, and delta (B, H, S) fp32, which the sinks' gradient needs.
 
     q, k, v and grad as attention_tiles.described wants them, out, lse and grad_lse contiguous; one query and key at
     least.
     """
-    (B, S, H, D), (_, N, K, _) = q.shape, k.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    B, S, H, D = q.shape
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    DP = power(D)
     attention_delta[(-(-B * S * H // 64),)](
-        out, grad, lse, grad_lse, lse2, delta, B * S, S, H, *grad.stride()[:3], D=D, DP=DP, BM=64, num_warps=4
+        out,
+        grad,
+        lse,
+        grad_lse,
+        lse2,
+        delta,
+        B * S,
+        S,
+        H,
+        *grad.stride()[:3],
+        D=D,
+        DP=power(D),
+        BM=64,
+        num_warps=4,
     )
-    by_queries, by_keys = blocks or tuple(blocks_for(part, DP, softcap > 0) for part in ("queries", "keys"))
-    documents = 0 if cu_q is None else len(cu_q) - 1
-    cus = (lse if cu_q is None else cu_q, lse if cu_k is None else cu_k)
-    same = {"G": H // K, "D": D, "DP": DP, "PACKED": cu_q is not None}
-    same |= {"LEFT": left >= 0, "RIGHT": right >= 0, "CAP": softcap > 0}
-    b = by_queries
+    numbers = Numbers(scale, left, right, softcap)
+    dq = queries_gradient(q, k, v, grad, lse2, delta, cu_q, cu_k, numbers)
+    return dq, *keys_gradient(q, k, v, grad, lse2, delta, cu_q, cu_k, numbers), delta
+
+
+def queries_gradient(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
+    cu_q: torch.Tensor | None,
+    cu_k: torch.Tensor | None,
+    numbers: Numbers,
+    blocks: Blocks | None = None,
+) -> torch.Tensor:
+    """dq; lse2 and delta (B, H, S) fp32 as attention_delta makes them."""
+    (B, S, H, D), (_, N, K, _) = q.shape, k.shape
+    scale, left, right, softcap = numbers
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    DP = power(D)
+    b = blocks or blocks_for("queries", DP, softcap > 0)
     tiles, number = tiles_of(cu_q, B, S, b.rows)
     attention_backward_queries[(number * H,)](
         *(descriptor(x, n, DP) for x, n in ((q, b.rows), (k, b.keys), (v, b.keys), (grad, b.rows))),
-        dq, lse2, delta, lse if tiles is None else tiles, *cus, documents, S, N, number, -(-S // b.rows), H,
-        left, right, scale, softcap,
-        **same, BM=b.rows, BN=b.keys, num_warps=b.warps, num_stages=b.stages,
+        dq, lse2, delta, *given(lse2, tiles, cu_q, cu_k), 0 if cu_q is None else len(cu_q) - 1, S, N, number,
+        -(-S // b.rows), H, left, right, scale, softcap,
+        G=H // K, D=D, DP=DP, PACKED=cu_q is not None, LEFT=left >= 0, RIGHT=right >= 0, CAP=softcap > 0,
+        BM=b.rows, BN=b.keys, num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
-    b = by_keys
+    return dq
+
+
+def keys_gradient(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad: torch.Tensor,
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
+    cu_q: torch.Tensor | None,
+    cu_k: torch.Tensor | None,
+    numbers: Numbers,
+    blocks: Blocks | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv; arguments as of queries_gradient."""
+    (B, S, H, D), (_, N, K, _) = q.shape, k.shape
+    scale, left, right, softcap = numbers
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    DP = power(D)
+    b = blocks or blocks_for("keys", DP, softcap > 0)
     if DP == 128 and cu_q is None and left < 0 and right < 0:
-        # An idle mask: without one this kernel needs two registers more than there are.
-        right, same["RIGHT"] = S + N, True
+        right = S + N  # an idle mask: without one this kernel needs two registers more than there are
     tiles, number = tiles_of(cu_k, B, N, b.keys)
     attention_backward_keys[(number * K,)](
         *(descriptor(x, n, DP) for x, n in ((q, b.rows), (k, b.keys), (v, b.keys), (grad, b.rows))),
-        dk, dv, lse2, delta, lse if tiles is None else tiles, *cus, documents, S, N, number, -(-N // b.keys), H,
-        left, right, scale, softcap,
-        **same, BM=b.rows, BN=b.keys, num_warps=b.warps, num_stages=b.stages,
+        dk, dv, lse2, delta, *given(lse2, tiles, cu_q, cu_k), 0 if cu_q is None else len(cu_q) - 1, S, N, number,
+        -(-N // b.keys), H, left, right, scale, softcap,
+        G=H // K, D=D, DP=DP, PACKED=cu_q is not None, LEFT=left >= 0, RIGHT=right >= 0, CAP=softcap > 0,
+        BM=b.rows, BN=b.keys, num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
-    return dq, dk, dv, delta
+    return dk, dv

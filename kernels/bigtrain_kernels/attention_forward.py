@@ -4,6 +4,9 @@ Online softmax in base 2 over blocks of keys (Milakov and Gimelshein 2018, arXiv
 arXiv:2307.08691). Blocks of keys that every row of the block sees need no mask: they are a loop of their own.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
+# (a kernel's arguments are typed by Triton when it is compiled)
+
 from __future__ import annotations
 
 import torch
@@ -11,7 +14,7 @@ import triton
 import triton.language as tl
 
 from bigtrain_kernels.attention_blocks import Blocks, blocks_for
-from bigtrain_kernels.attention_tiles import descriptor, key_range, power, seen, tile, tiles_of
+from bigtrain_kernels.attention_tiles import descriptor, given, key_range, power, seen, tile, tiles_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -137,8 +140,7 @@ def forward(
     tiles, number = tiles_of(cu_q, B, S, b.rows)
     attention_forward[(number * H,)](
         descriptor(q, b.rows, DP), descriptor(k, b.keys, DP), descriptor(v, b.keys, DP), out, lse,
-        lse if sinks is None else sinks, lse if tiles is None else tiles, cu_q if cu_q is not None else lse,
-        cu_k if cu_k is not None else lse, 0 if cu_q is None else len(cu_q) - 1, S, N, number, -(-S // b.rows), H,
+        *given(lse, sinks, tiles, cu_q, cu_k), 0 if cu_q is None else len(cu_q) - 1, S, N, number, -(-S // b.rows), H,
         left, right, scale, softcap,
         G=H // K, D=D, DP=DP, BM=b.rows, BN=b.keys, PACKED=cu_q is not None, LEFT=left >= 0, RIGHT=right >= 0,
         CAP=softcap > 0, SINK=sinks is not None, num_warps=b.warps, num_stages=b.stages,

@@ -6,6 +6,9 @@ empty, so every row of an output is written. Offsets are clamped to the tensor: 
 never a bad access.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
+# (a kernel's arguments are typed by Triton when it is compiled)
+
 from __future__ import annotations
 
 from typing import Any
@@ -132,6 +135,11 @@ def tiles_of(cu: torch.Tensor | None, batch: int, rows: int, block: int) -> tupl
     tiles = torch.empty((capacity, 2), dtype=torch.int32, device=cu.device)
     list_tiles[(documents + 1,)](cu, tiles, documents, rows, capacity, BLOCK=block, WIDTH=1024, num_warps=4)
     return tiles, capacity
+
+
+def given(other: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    """The tensors, `other` in place of those that there are not: a kernel takes a pointer and leaves it alone."""
+    return [other if x is None else x for x in tensors]
 
 
 def described(x: torch.Tensor) -> torch.Tensor:

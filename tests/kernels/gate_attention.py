@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from bigtrain_kernels import attention as _  # noqa: F401  registers the operators
@@ -47,9 +48,32 @@ def case(D: int, quick: bool = False, **options: object) -> Case:
     return Case(f"D{D} {words}".strip(), launches(D, **options), needs, quick)  # type: ignore[arg-type]
 
 
+def hopper(D: int, quick: bool = False, packed: bool = True, sinks: bool = False, **options: Any) -> Case:
+    """The forward pass in Gluon, which launches as attention_path.py would have it."""
+
+    def run() -> None:
+        from bigtrain_kernels import attention_hopper
+
+        q = torch.zeros(1 if packed else 2, 256, 8, D, dtype=options.get("dtype", torch.bfloat16))
+        k = torch.zeros(q.shape[0], 256, 2, D, dtype=q.dtype)
+        cu = torch.tensor([0, 100, 256], dtype=torch.int32) if packed else None
+        left, right = options.get("window", (-1, 0))
+        sink = torch.zeros(8) if sinks else None
+        attention_hopper.forward(q, k, k, cu, cu, sink, scale=D**-0.5, left=left, right=right)
+
+    words = " ".join(
+        f"{name}={value}" for name, value in {"packed": packed, "sinks": sinks, **options}.items()
+    )
+    return Case(f"hopper D{D} {words}", run, {"attention_forward_hopper": PRODUCTS}, quick)
+
+
 CASES = [
     case(128, quick=True),
     case(64, quick=True),
+    hopper(128, quick=True),
+    *(hopper(D, packed=packed) for D in (64, 128) for packed in (True, False)),
+    *(hopper(D, window=window, sinks=True) for D in (64, 128) for window in ((-1, -1), (1024, 0))),
+    *(hopper(D, dtype=torch.float16, packed=False, window=(-1, -1)) for D in (64, 128)),
     *(
         case(D, packed=packed, window=window)
         for D, packed, window in itertools.product(

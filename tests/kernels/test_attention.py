@@ -14,7 +14,8 @@ from bigtrain_kernels.attention_api import (
     flash_attn_varlen_func,
     scaled_dot_product_attention,
 )
-from bigtrain_kernels.attention_cost import pairs
+from bigtrain_kernels.attention_cost import attention_bytes, pairs
+from bigtrain_kernels.attention_path import choose
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -276,6 +277,9 @@ def test_operations_are_counted() -> None:
     assert pairs(2, 4, -1, 0) == 3 + 4
     assert pairs(4, 2, -1, 0) == 0 + 0 + 1 + 2
     assert pairs(5, 5, 1, 0) == 1 + 2 * 4
+    tensors = 2 * (33 * 2 * 32 + 33 * 1 * 32) * 2  # q, out, k, v in 16 bits
+    assert attention_bytes((1, 33, 2, 32), (1, 33, 1, 32)) == tensors + 4 * 33 * 2
+    assert attention_bytes((1, 33, 2, 32), (1, 33, 1, 32), backward=True) == 2 * tensors + 4 * 33 * 2
     q, k, v, _, _ = made([20, 13], [20, 13], 2, 1, 32, torch.float32)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     ends = torch.tensor([0, 20, 33], dtype=torch.int32, device=DEVICE)
@@ -299,6 +303,29 @@ def test_a_gradient_of_minus_infinity_does_no_harm() -> None:
     found = torch.autograd.grad((out, lse), leaves, (do[None], dlse))
     assert all(x.isfinite().all() for x in found)
     assert torch.equal(found[0][:, :4], torch.zeros_like(found[0][:, :4]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "path", "why"),
+    [
+        ({}, "hopper", "Hopper"),
+        ({"wanted": "portable"}, "portable", "asked for"),
+        ({"capability": (10, 0)}, "portable", "10.0, not 9.0"),
+        ({"capability": (8, 0), "wanted": "hopper"}, "portable", "8.0, not 9.0"),
+        ({"dim": 96}, "portable", "heads of 96"),
+        ({"softcap": 3.0}, "portable", "softcap"),
+        ({"dtype": torch.float32}, "portable", "float32"),
+        ({"proven": False}, "portable", "has not run on a GPU"),
+        ({"proven": False, "wanted": "hopper"}, "hopper", "Hopper"),
+    ],
+)
+def test_the_kernels_for_hopper_are_taken_there(changed: dict[str, Any], path: str, why: str) -> None:
+    usual = {"wanted": "auto", "capability": (9, 0), "dim": 128, "dtype": torch.bfloat16, "softcap": 0.0}
+    found, reason = choose(**{**usual, "proven": True, **changed})
+    assert found == path
+    assert why in reason
+    with pytest.raises(ValueError, match="BIGTRAIN_ATTENTION is 'fast'"):
+        choose(**{**usual, "wanted": "fast", "proven": True})
 
 
 @pytest.mark.parametrize(
