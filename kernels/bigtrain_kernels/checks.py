@@ -16,9 +16,9 @@ def check(right: bool, argument: str, what: str) -> None:
 
 
 def is_float(x: torch.Tensor, argument: str) -> None:
-    """Raises ValueError unless `x` is of a dtype that all but the attention kernels take."""
-    known = (torch.bfloat16, torch.float16, torch.float32)
-    check(x.dtype in known, argument, f"is {x.dtype}, expected bfloat16, float16 or float32")
+    """Raises ValueError unless `x` is of a dtype that all but the attention kernels take; fp64 is for tests."""
+    known = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    check(x.dtype in known, argument, f"is {x.dtype}, expected bfloat16, float16, float32 or float64")
 
 
 def runs_here(x: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Cross-entropy of one chunk of logits in Triton: a row a program, the logits overwritten by their gradient."""
+"""Cross-entropy of rows of logits in Triton: a row a program, the gradient in place of the logits if wanted."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ def row_sums(
     """What a row's loss needs of its V logits, which are those from `first` on of the whole vocabulary.
 
     PEAK: the largest; TOTAL: sum of exp(logit - PEAK); PICKED: the target's logit, 0 if it is elsewhere; SUM: of all,
-    for label smoothing. fp32, in a fixed order. A NaN among the logits reaches TOTAL.
+    for label smoothing. fp32 (fp64 of fp64), in a fixed order. A NaN among the logits reaches TOTAL.
     """
+    E: tl.constexpr = TOTAL.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     x0 = LOGITS + row * stride
     target = tl.load(TARGETS + row) - first
-    peak = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    plain = tl.zeros([BLOCK], tl.float32)
-    picked = tl.zeros([BLOCK], tl.float32)
+    peak = tl.full([BLOCK], float("-inf"), E)
+    total = tl.zeros([BLOCK], E)
+    plain = tl.zeros([BLOCK], E)
+    picked = tl.zeros([BLOCK], E)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        x = tl.load(x0 + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(x0 + v, mask=v < V, other=float("-inf")).to(E)
         if CAP:
             x = tl.where(v < V, softcap * (1 - 2 / (1 + tl.exp(2 * x / softcap))), float("-inf"))
         new = tl.maximum(peak, x)
@@ -44,23 +45,24 @@ def row_sums(
 
 @triton.jit
 def gradient(
-    LOGITS, TARGETS, LSE, WEIGHT, stride, V, first, vocabulary, softcap, smoothing, z_loss,
+    LOGITS, TARGETS, LSE, WEIGHT, OUT, stride, out_stride, V, first, vocabulary, softcap, smoothing, z_loss,
     BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite a row of logits by WEIGHT x the gradient of its loss; WEIGHT is 0 where nothing counts.
+    """A row of OUT, which may be LOGITS: WEIGHT x the gradient of its loss; WEIGHT 0: nothing counts.
 
     loss = (1 - e) (lse - logit[target]) + e (lse - mean of logits) + z lse^2, with e `smoothing` and z `z_loss`; its
     gradient by logit v is p_v (1 + 2 z lse) - e / vocabulary - (1 - e) [v = target].
     """
     row = tl.program_id(0).to(tl.int64)
     x0 = LOGITS + row * stride
+    out = OUT + row * out_stride
     target = tl.load(TARGETS + row) - first
     lse = tl.load(LSE + row)
     weight = tl.load(WEIGHT + row)
     scale = 1 + 2 * z_loss * lse
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        x = tl.load(x0 + v, mask=v < V, other=0.0).to(tl.float32)
+        x = tl.load(x0 + v, mask=v < V, other=0.0).to(LSE.dtype.element_ty)
         slope = 1.0
         if CAP:
             share = 1 - 2 / (1 + tl.exp(2 * x / softcap))
@@ -69,4 +71,4 @@ def gradient(
         g = tl.exp(x - lse) * scale - smoothing / vocabulary
         g = tl.where(v == target, g - (1 - smoothing), g)
         g = tl.where(weight == 0, 0.0, g * slope * weight)  # 0 also where an ignored row is not finite
-        tl.store(x0 + v, g.to(LOGITS.dtype.element_ty), mask=v < V)
+        tl.store(out + v, g.to(OUT.dtype.element_ty), mask=v < V)

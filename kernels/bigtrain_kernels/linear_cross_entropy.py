@@ -1,8 +1,8 @@
-"""Cross-entropy, and linear layer + cross-entropy without ever holding all the logits.
+"""Linear layer + cross-entropy without ever holding all the logits.
 
 The gradient is computed in the forward pass, a chunk of tokens at a time, while the chunk's logits are there: three
 matrix products as in plain autograd, and one kernel that overwrites logits by their gradient. What stays until the
-backward pass is the gradient of the hidden states (T, C) and of the weight (V, C), in fp32 (Wijmans et al. 2024,
+backward pass is the gradient of the hidden states (T, C) and, in fp32, of the weight (V, C) (Wijmans et al. 2024,
 arXiv:2411.09009, and Liger kernel chunk too; chunks of 64 to 512 tokens starve the matrix products, so the budget here
 is in bytes). No step waits for the device.
 
@@ -12,81 +12,36 @@ ranks exchange four numbers a token. The exchange of a chunk runs while the logi
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import register_flop_formula
 
-from bigtrain_kernels import cross_entropy_kernels as kernels
-from bigtrain_kernels.checks import INTERPRETED, check, is_float, runs_here
+from bigtrain_kernels.checks import check, is_float
+from bigtrain_kernels.cross_entropy import (
+    Options,
+    Reduction,
+    check_options,
+    check_targets,
+    partial_sums,
+    token_losses,
+    whole_sums,
+    write_gradient,
+)
 
-Reduction = Literal["none", "mean", "sum"]
 BUDGET = 1 << 28
 """Bytes of a chunk's logits. At a vocabulary of 128k in bf16 that is 1,024 tokens, enough to fill the matrix units."""
 _FEWEST = 128
 """Tokens of the smallest chunk."""
-_BLOCK = 64 if INTERPRETED else 4096
 
 
-class Options(NamedTuple):
-    """What a token's loss is."""
+class _Gradients(NamedTuple):
+    """Of hidden, in its dtype, and of weight and bias, fp32 sums over the chunks. Empty where none is wanted."""
 
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float = 0.0
-
-
-class Sums(NamedTuple):
-    """Of the rows of a chunk, fp32: see cross_entropy_kernels.row_sums. `lse`: log-sum-exp over the vocabulary."""
-
-    lse: torch.Tensor
-    picked: torch.Tensor
-    mean: torch.Tensor
-
-
-def _sums(logits: torch.Tensor, targets: torch.Tensor, first: int, softcap: float) -> list[torch.Tensor]:
-    """PEAK, TOTAL, PICKED and SUM of this rank's part."""
-    found = [torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(4)]
-    if len(logits):
-        kernels.row_sums[(len(logits),)](
-            logits, targets, *found, logits.stride(0), logits.shape[1], first, softcap,
-            BLOCK=_BLOCK, CAP=softcap > 0, num_warps=8,
-        )  # fmt: skip
-    return found
-
-
-def _whole(found: torch.Tensor, vocabulary: int) -> Sums:
-    """The sums over the whole vocabulary, of every part's (parts x 4, T)."""
-    peaks, totals, picked, plain = found.unflatten(0, (-1, 4)).unbind(1)
-    peak = peaks.amax(0)
-    base = peak.masked_fill(peak == -torch.inf, 0)
-    lse = base + (totals * torch.exp(peaks - base)).sum(0).log()
-    return Sums(lse, picked.sum(0), plain.sum(0) / vocabulary)
-
-
-def _losses(sums: Sums, counted: torch.Tensor, options: Options) -> torch.Tensor:
-    """Loss by token; 0 where nothing counts."""
-    eps = options.label_smoothing
-    loss = (1 - eps) * (sums.lse - sums.picked) + eps * (sums.lse - sums.mean)
-    return (loss + options.z_loss * sums.lse.square()).masked_fill(~counted, 0)
-
-
-def _to_gradient(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    sums: Sums,
-    weight: torch.Tensor,
-    first: int,
-    vocabulary: int,
-    options: Options,
-) -> None:
-    if len(logits):
-        kernels.gradient[(len(logits),)](
-            logits, targets, sums.lse, weight, logits.stride(0), logits.shape[1], first, vocabulary,
-            options.softcap, options.label_smoothing, options.z_loss,
-            BLOCK=_BLOCK, CAP=options.softcap > 0, num_warps=8,
-        )  # fmt: skip
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
 
 
 class _Chunk(NamedTuple):
@@ -103,6 +58,7 @@ class _Chunk(NamedTuple):
 def _linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
     token_weight: torch.Tensor,
     ignore_index: int,
@@ -112,54 +68,47 @@ def _linear_cross_entropy(
     first: int,
     vocabulary: int,
     group: str,
+    sum_hidden: bool,
     budget: int,
     gradients: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss by token (T,), and the gradients of sum(token_weight x loss): hidden (T, C) and weight (V, C), fp32."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss and plain cross-entropy by token (T,); gradients of sum(token_weight x loss) by hidden, weight, bias."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap)
-    T, V = len(hidden), len(weight)
-    loss = torch.zeros(T, dtype=torch.float32, device=hidden.device)
-    dh, dw = (
-        torch.zeros(x.shape if gradients else (0,), dtype=torch.float32, device=x.device)
-        for x in (hidden, weight)
-    )
-    step = max(_FEWEST, budget // max(1, V * hidden.element_size()))
+    T = len(hidden)
+    exact = _exact(hidden)
+    loss, nll = torch.zeros(2, T, dtype=exact, device=hidden.device).unbind()
+    found = _empty(hidden, weight, bias, gradients)
+    found.weight.zero_()
+    found.bias.zero_()
     ranks = _ranks(group)
+    # By the vocabulary's average part, not this rank's, so that all ranks cut alike.
+    average = -(-vocabulary // (1 if ranks is None else dist.get_world_size(ranks)))
+    step = max(_FEWEST, budget // max(1, average * hidden.element_size()))
 
     def begin(start: int) -> _Chunk:
         rows = slice(start, min(start + step, T))
-        logits = hidden[rows] @ weight.t()
-        mine = torch.stack(_sums(logits, targets[rows], first, softcap))
+        logits = torch.nn.functional.linear(hidden[rows], weight, bias)
+        mine = partial_sums(logits, targets[rows], first, softcap)
         if ranks is None:
             return _Chunk(rows, logits, mine, mine, None)
         parts = mine.new_empty(dist.get_world_size(ranks) * len(mine), mine.shape[1])
-        return _Chunk(
-            rows, logits, mine, parts, dist.all_gather_into_tensor(parts, mine, ranks, async_op=True)
-        )
+        exchange = dist.all_gather_into_tensor(parts, mine, ranks, async_op=True)
+        return _Chunk(rows, logits, mine, parts, exchange)
 
     def end(chunk: _Chunk) -> None:
         if chunk.exchange is not None:
             chunk.exchange.wait()
         rows = chunk.rows
-        sums = _whole(chunk.parts, vocabulary)
+        sums = whole_sums(chunk.parts, vocabulary)
         counted = targets[rows] != ignore_index
-        loss[rows] = _losses(sums, counted, options)
-        if not gradients:
-            return
-        _to_gradient(
-            chunk.logits,
-            targets[rows],
-            sums,
-            token_weight[rows].where(counted, 0.0),
-            first,
-            vocabulary,
-            options,
-        )
-        dh[rows] = (chunk.logits @ weight).float()
-        if hidden.dtype == torch.float32:
-            dw.addmm_(chunk.logits.t(), hidden[rows])
-        else:  # a chunk's product in 16 bits, the sum of chunks in fp32
-            dw.add_(chunk.logits.t() @ hidden[rows])
+        loss[rows], nll[rows] = token_losses(sums, counted, options)
+        if gradients:
+            scale = token_weight[rows].where(counted, 0.0)
+            slopes = chunk.logits
+            write_gradient(
+                slopes, slopes, targets[rows], sums.lse, scale, options, first=first, vocabulary=vocabulary
+            )
+            _add(found, slopes, hidden[rows], weight, rows)
 
     waiting: _Chunk | None = None
     for start in range(0, T, step):
@@ -169,19 +118,46 @@ def _linear_cross_entropy(
         waiting = chunk
     if waiting is not None:
         end(waiting)
-    if gradients and ranks is not None:
-        dist.all_reduce(dh, group=ranks)
-    return loss, dh, dw
+    if gradients and ranks is not None and sum_hidden:
+        dist.all_reduce(found.hidden, group=ranks)
+    return loss, nll.clone(), *found
+
+
+def _add(
+    found: _Gradients, slopes: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, rows: slice
+) -> None:
+    """What the gradient of a chunk's logits (N, V) adds to the others."""
+    torch.mm(slopes, weight, out=found.hidden[rows])
+    if slopes.dtype == found.weight.dtype:
+        found.weight.addmm_(slopes.t(), hidden)
+    else:  # a chunk's product in 16 bits, the sum of chunks in fp32
+        found.weight.add_(slopes.t() @ hidden)
+    if found.bias.numel():
+        found.bias.add_(slopes.sum(0, dtype=found.bias.dtype))
+
+
+def _exact(hidden: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _empty(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: bool) -> _Gradients:
+    def like(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return hidden.new_empty(x.shape if wanted and x is not None else 0, dtype=dtype)
+
+    return _Gradients(like(hidden, hidden.dtype), like(weight, _exact(hidden)), like(bias, _exact(hidden)))
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden: Any, weight: Any, targets: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = rest[-1]
-    fp32 = {"dtype": torch.float32}
-    loss = hidden.new_empty(len(hidden), **fp32)
-    if not gradients:
-        return loss, hidden.new_empty(0, **fp32), hidden.new_empty(0, **fp32)
-    return loss, hidden.new_empty(hidden.shape, **fp32), weight.new_empty(weight.shape, **fp32)
+def _(hidden: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+    loss = hidden.new_empty(hidden.shape[:1], dtype=_exact(hidden))
+    return loss, torch.empty_like(loss), *_empty(hidden, weight, bias, rest[-1])
+
+
+@register_flop_formula(torch.ops.bigtrain.linear_cross_entropy, get_raw=True)
+def _flops(hidden: Any, weight: Any, *rest: Any, out_val: Any = None, **more: Any) -> int:
+    """2 T C V for each product: the logits, and with gradients the two of the backward pass."""
+    products = 3 if rest[-1] else 1
+    return int(2 * products * hidden.shape[0] * hidden.shape[1] * weight.shape[0])
 
 
 class _Loss(torch.autograd.Function):
@@ -189,20 +165,22 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Any, weight: Any, targets: Any, token_weight: Any, *rest: Any
-    ) -> torch.Tensor:
-        wanted = any(ctx.needs_input_grad[:2])
+        ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, token_weight: Any, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = any(ctx.needs_input_grad[:3])
         op: Any = _linear_cross_entropy
-        loss, dh, dw = op(hidden, weight, targets, token_weight, *rest, wanted)
-        ctx.save_for_backward(dh, dw)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        total: torch.Tensor = (loss * token_weight).sum()
-        return total
+        loss, nll, *found = op(hidden, weight, bias, targets, token_weight, *rest, wanted)
+        ctx.save_for_backward(*found)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        total, plain = ((x * token_weight).sum() for x in (loss, nll))
+        ctx.mark_non_differentiable(plain)
+        return total, plain
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        dh, dw = ctx.saved_tensors
-        return (dh * grads[0]).to(ctx.dtypes[0]), (dw * grads[0]).to(ctx.dtypes[1]), *[None] * 10
+        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = (None if dtype is None else (x * grads[0]).to(dtype) for x, dtype in found)
+        return *scaled, *[None] * 11
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -210,20 +188,21 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Any, weight: Any, targets: Any, token_weight: Any, *rest: Any
-    ) -> torch.Tensor:
+        ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, token_weight: Any, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         op: Any = _linear_cross_entropy
-        ctx.save_for_backward(hidden, weight, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.rest = rest
-        loss: torch.Tensor = op(hidden, weight, targets, token_weight, *rest, False)[0]
-        return loss
+        loss, nll, *_ = op(hidden, weight, bias, targets, token_weight, *rest, False)
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         op: Any = _linear_cross_entropy
-        _, dh, dw = op(hidden, weight, targets, grads[0].contiguous(), *ctx.rest, True)
-        return dh.to(hidden.dtype), dw.to(weight.dtype), *[None] * 10
+        _, _, dh, dw, db = op(hidden, weight, bias, targets, grads[0].contiguous(), *ctx.rest, True)
+        return dh, dw.to(weight.dtype), None if bias is None else db.to(bias.dtype), *[None] * 11
 
 
 def linear_cross_entropy(
@@ -231,6 +210,7 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -239,80 +219,62 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     first: int = 0,
     vocabulary: int | None = None,
+    sum_hidden: bool = True,
     budget: int = BUDGET,
-) -> torch.Tensor:
-    """Cross-entropy of hidden (T, C) @ weight (V, C)^T against targets (T,) int64, in fp32; hidden may be 16-bit.
+    return_nll: bool = False,
+) -> Any:
+    """Cross-entropy of hidden (T, C) @ weight (V, C)^T + bias (V,) against targets (T,) int64, in fp32.
 
-    A token whose target is `ignore_index` does not count: its loss and gradients are 0, and "mean" is over the others
-    (NaN if there are none, as torch's). `z_loss` z adds z x log-sum-exp^2; `softcap` c > 0 makes a logit
-    c tanh(logit / c). With "none" the losses by token (T,); then backward computes the logits a second time.
+    Hidden, weight and bias have one dtype, which may be of 16 bits. A token whose target is `ignore_index` does not
+    count: its loss and gradients are 0, and "mean" is over the others (NaN if there are none, as torch's). `z_loss` z
+    adds z x log-sum-exp^2; `softcap` c > 0 makes a logit c tanh(logit / c). With "none" the losses by token (T,); then
+    backward computes the logits a second time.
 
-    `group`: the vocabulary is split over its ranks; `weight` are the rows from `first` on of `vocabulary` rows, hidden
-    and targets are the same on all ranks, and every rank gets the same loss and the whole gradient of hidden.
-    `budget`: bytes of logits at a time.
+    `group`: the vocabulary is split over its ranks; `weight` and `bias` are the rows from `first` on of `vocabulary`
+    rows, hidden and targets are the same on all ranks, and every rank gets the same loss and the whole gradient of
+    hidden, or with `sum_hidden` False its own part of that sum. `budget`: bytes of logits at a time. `return_nll`: also
+    the plain cross-entropy, reduced alike and without a gradient, which is what to report when label smoothing or
+    z-loss are part of what is minimised.
 
     Raises ValueError naming the argument. On a GPU the targets are not looked at, for that would wait for it: a target
     outside the vocabulary reads nothing and gives the loss of a token whose logit is 0.
     """
     vocabulary = len(weight) if vocabulary is None else vocabulary
-    _check(hidden, weight, targets, ignore_index, first, vocabulary)
-    check(0 <= label_smoothing < 1, "label_smoothing", f"is {label_smoothing}, expected [0, 1)")
-    check(z_loss >= 0, "z_loss", f"is {z_loss}, expected 0 or more")
-    check(softcap >= 0, "softcap", f"is {softcap}, expected 0 or more")
-    check(
-        reduction in ("none", "mean", "sum"),
-        "reduction",
-        f'is {reduction!r}, expected "none", "mean" or "sum"',
-    )
+    options = Options(ignore_index, label_smoothing, z_loss, softcap)
+    _check(hidden, weight, bias, first, vocabulary)
+    check_options(options, reduction)
     check(budget > 0, "budget", f"is {budget} bytes")
-    rest = (ignore_index, label_smoothing, z_loss, softcap, first, vocabulary, _name(group), budget)
-    ones = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device)
-    parts = hidden.contiguous(), weight.contiguous(), targets.contiguous()
-    if reduction == "none":
-        losses: Any = _TokenLosses.apply
-        return losses(*parts, ones, *rest)  # type: ignore[no-any-return]
+    check_targets(targets, hidden, "hidden", ignore_index, vocabulary)
+    rest = (*options, first, vocabulary, _name(group), sum_hidden, budget)
+    ones = torch.ones(len(hidden), dtype=_exact(hidden), device=hidden.device)
     if reduction == "mean":
         ones = ones / (targets != ignore_index).sum()
-    total: Any = _Loss.apply
-    return total(*parts, ones, *rest)  # type: ignore[no-any-return]
+    apply: Any = _TokenLosses.apply if reduction == "none" else _Loss.apply
+    dense = None if bias is None else bias.contiguous()
+    found = apply(hidden.contiguous(), weight.contiguous(), dense, targets.contiguous(), ones, *rest)
+    return found if return_nll else found[0]
 
 
 def _check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    ignore: int,
-    first: int,
-    vocabulary: int,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, first: int, vocabulary: int
 ) -> None:
     check(hidden.ndim == 2, "hidden", f"has {hidden.ndim} dimensions, expected (T, C)")
     check(weight.ndim == 2, "weight", f"has {weight.ndim} dimensions, expected (V, C)")
     is_float(hidden, "hidden")
-    check(weight.dtype == hidden.dtype, "weight", f"is {weight.dtype}, hidden is {hidden.dtype}")
-    check(
-        weight.shape[1] == hidden.shape[1],
-        "weight",
-        f"has width {weight.shape[1]}, hidden has {hidden.shape[1]}",
-    )
-    check(
-        targets.shape == hidden.shape[:1],
-        "targets",
-        f"has shape {tuple(targets.shape)}, expected ({len(hidden)},)",
-    )
-    check(targets.dtype == torch.int64, "targets", f"is {targets.dtype}, expected int64")
-    for name, x in (("weight", weight), ("targets", targets)):
-        check(x.device == hidden.device, name, f"is on {x.device}, hidden is on {hidden.device}")
+    width, wanted = weight.shape[1], hidden.shape[1]
+    check(width == wanted, "weight", f"has width {width}, hidden has {wanted}")
+    if bias is not None:
+        shape = tuple(bias.shape)
+        check(bias.shape == weight.shape[:1], "bias", f"has shape {shape}, expected ({len(weight)},)")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            check(x.dtype == hidden.dtype, name, f"is {x.dtype}, hidden is {hidden.dtype}")
+            check(x.device == hidden.device, name, f"is on {x.device}, hidden is on {hidden.device}")
     check(
         first >= 0 and first + len(weight) <= vocabulary,
         "first",
         f"is {first}: {len(weight)} rows from there on do not lie in a vocabulary of {vocabulary}",
     )
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and type(targets) is torch.Tensor:
-        wrong = targets[(targets != ignore) & ((targets < 0) | (targets >= vocabulary))]
-        check(
-            len(wrong) == 0, "targets", f"hold {wrong.tolist()[:5]}, outside the vocabulary of {vocabulary}"
-        )
-    runs_here(hidden)
 
 
 def _name(group: dist.ProcessGroup | None) -> str:

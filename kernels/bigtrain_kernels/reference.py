@@ -55,7 +55,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """Loss by token (T,) of whole logits (T, V); see linear_cross_entropy.linear_cross_entropy."""
+    """Loss by token (T,) of whole logits (T, V); see cross_entropy.cross_entropy."""
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     counted = targets != ignore_index
@@ -71,6 +71,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) x weight + bias over the last dimension."""
+    x = x - x.mean(-1, keepdim=True)
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return y if bias is None else y + bias
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up."""
     return gate * torch.sigmoid(gate) * up
@@ -81,3 +90,22 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     a, b = x.chunk(2, -1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def adamw(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The parameter and both moments after update number `step`, counted from 1; see adamw.adamw_."""
+    first = betas[0] * first + (1 - betas[0]) * gradient
+    second = betas[1] * second + (1 - betas[1]) * gradient.square()
+    size = (second / (1 - betas[1] ** step)).sqrt() + eps
+    return parameter * (1 - lr * weight_decay) - lr * first / (1 - betas[0] ** step) / size, first, second

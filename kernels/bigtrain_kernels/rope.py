@@ -16,16 +16,18 @@ from bigtrain_kernels.checks import check, is_float, runs_here
 
 @triton.jit
 def rotate_rows(
-    X, COS, SIN, OUT, sx, sxh, H, half, sign, HP: tl.constexpr, HALF: tl.constexpr
+    X, COS, SIN, OUT, sx, sxh, H, half, period, sign, HP: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """All heads of a token: OUT (T, H, 2 half) contiguous, COS and SIN (T, half) fp32; `sign` -1 turns back."""
+    """All heads of a token: OUT (T, H, 2 half) contiguous, COS and SIN (period, half); `sign` -1 turns back."""
+    E: tl.constexpr = COS.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    h, i = tl.arange(0, HP)[:, None], tl.arange(0, HALF)[None, :]
+    h, i = tl.arange(0, HP)[:, None].to(tl.int64), tl.arange(0, HALF)[None, :]
     there = (h < H) & (i < half)
-    cos = tl.load(COS + token * half + i, mask=i < half, other=0.0)
-    sin = tl.load(SIN + token * half + i, mask=i < half, other=0.0) * sign
-    a = tl.load(X + token * sx + h * sxh + i, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(X + token * sx + h * sxh + half + i, mask=there, other=0.0).to(tl.float32)
+    angle = token % period * half + i
+    cos = tl.load(COS + angle, mask=i < half, other=0.0)
+    sin = tl.load(SIN + angle, mask=i < half, other=0.0) * sign
+    a = tl.load(X + token * sx + h * sxh + i, mask=there, other=0.0).to(E)
+    b = tl.load(X + token * sx + h * sxh + half + i, mask=there, other=0.0).to(E)
     out = OUT + token * H * half * 2 + h * half * 2 + i
     tl.store(out, (a * cos - b * sin).to(OUT.dtype.element_ty), mask=there)
     tl.store(out + half, (b * cos + a * sin).to(OUT.dtype.element_ty), mask=there)
@@ -39,7 +41,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) 
     if out.numel():
         half = D // 2
         rotate_rows[(T,)](
-            x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:2], H, half, sign,
+            x, cos.contiguous(), sin.contiguous(), out, *x.stride()[:2], H, half, len(cos), sign,
             HP=triton.next_power_of_2(H), HALF=triton.next_power_of_2(half), num_warps=4,
         )  # fmt: skip
     return out
@@ -63,18 +65,25 @@ def _backward(ctx: Any, d: torch.Tensor) -> tuple[Any, ...]:
 _rotate.register_autograd(_backward, setup_context=_remember)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x (T, H, D), D even, by the angles whose cos and sin are (T, D / 2) fp32, which get no gradient.
+def rotate_bytes(T: int, H: int, D: int, size: int) -> int:
+    """Bytes read and written at least once, either way: x in and out, and the two fp32 tables."""
+    return 2 * T * H * D * size + 4 * T * D
 
-    Raises ValueError naming the argument.
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x (T, H, D), D even, by the angles whose cos and sin are (T, D / 2), which get no gradient.
+
+    They are fp32 (fp64 with an x of fp64), and may be (P, D / 2) where they repeat every P tokens. Raises ValueError naming the argument.
     """
     check(x.ndim == 3, "x", f"has {x.ndim} dimensions, expected (T, H, D)")
     is_float(x, "x")
     check(x.shape[2] % 2 == 0, "x", f"has head dim {x.shape[2]}, expected an even one")
     for name, table in (("cos", cos), ("sin", sin)):
-        expected = (x.shape[0], x.shape[2] // 2)
-        check(tuple(table.shape) == expected, name, f"has shape {tuple(table.shape)}, expected {expected}")
-        check(table.dtype == torch.float32, name, f"is {table.dtype}, expected float32")
+        T, half, shape = x.shape[0], x.shape[2] // 2, tuple(table.shape)
+        fits = len(shape) == 2 and shape[1] == half and shape == tuple(cos.shape) and T % max(1, shape[0]) == 0
+        check(fits, name, f"has shape {shape}, expected ({T}, {half}), or fewer rows that divide {T}")
+        exact = torch.promote_types(x.dtype, torch.float32)
+        check(table.dtype == exact, name, f"is {table.dtype}, expected {exact} with an x of {x.dtype}")
         check(table.device == x.device, name, f"is on {table.device}, x is on {x.device}")
     runs_here(x)
     op: Any = _rotate

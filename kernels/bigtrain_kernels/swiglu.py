@@ -20,20 +20,22 @@ _BLOCK = 64 if INTERPRETED else 2048
 
 @triton.jit
 def swiglu_forward(GATE, UP, OUT, count, BLOCK: tl.constexpr):
-    """OUT = silu(GATE) x UP, in fp32 inside."""
+    """OUT = silu(GATE) x UP, in fp32 inside, fp64 for fp64."""
+    E: tl.constexpr = tl.float64 if GATE.dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(GATE + i, mask=i < count, other=0.0).to(tl.float32)
-    up = tl.load(UP + i, mask=i < count, other=0.0).to(tl.float32)
+    gate = tl.load(GATE + i, mask=i < count, other=0.0).to(E)
+    up = tl.load(UP + i, mask=i < count, other=0.0).to(E)
     tl.store(OUT + i, (gate / (1 + tl.exp(-gate)) * up).to(OUT.dtype.element_ty), mask=i < count)
 
 
 @triton.jit
 def swiglu_backward(DOUT, GATE, UP, DGATE, DUP, count, BLOCK: tl.constexpr):
     """Gradients of both; s = sigmoid(gate): d silu = s (1 + gate (1 - s))."""
+    E: tl.constexpr = tl.float64 if GATE.dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.load(DOUT + i, mask=i < count, other=0.0).to(tl.float32)
-    gate = tl.load(GATE + i, mask=i < count, other=0.0).to(tl.float32)
-    up = tl.load(UP + i, mask=i < count, other=0.0).to(tl.float32)
+    d = tl.load(DOUT + i, mask=i < count, other=0.0).to(E)
+    gate = tl.load(GATE + i, mask=i < count, other=0.0).to(E)
+    up = tl.load(UP + i, mask=i < count, other=0.0).to(E)
     s = 1 / (1 + tl.exp(-gate))
     tl.store(DGATE + i, (d * up * s * (1 + gate * (1 - s))).to(DGATE.dtype.element_ty), mask=i < count)
     tl.store(DUP + i, (d * gate * s).to(DUP.dtype.element_ty), mask=i < count)
@@ -82,6 +84,11 @@ def _backward(ctx: Any, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 _swiglu.register_autograd(_backward, setup_context=_remember)
+
+
+def swiglu_bytes(count: int, size: int, *, backward: bool = False) -> int:
+    """Bytes read and written at least once, for `count` numbers of `size` bytes: two in, one out; three in, two out."""
+    return (5 if backward else 3) * count * size
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

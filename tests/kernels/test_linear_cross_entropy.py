@@ -12,6 +12,7 @@ from bigtrain_kernels import linear_cross_entropy as module
 from bigtrain_kernels import reference
 from bigtrain_kernels.linear_cross_entropy import linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.runs.worlds import run_world
 
@@ -76,6 +77,48 @@ def test_as_defined(reduction: str, options: dict[str, Any], dtype: torch.dtype)
         assert error <= allowed, f"{name}: {float(error):.2e}, torch {float(theirs):.2e}"
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_bias(reduction: str) -> None:
+    hidden, weight, targets = made(41, 24, 131, torch.float32)
+    bias = torch.randn(131, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    leaves = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    wanted = reference.cross_entropy(leaves[0] @ leaves[1].t() + leaves[2], targets)
+    ours = [x.requires_grad_() for x in (hidden, weight, bias)]
+    found = linear_cross_entropy(*ours[:2], targets, bias=ours[2], reduction=reduction, budget=SMALL)
+    scale = torch.linspace(0.5, 2, 41, device=DEVICE, dtype=torch.float64) if reduction == "none" else 1.0
+    grads = torch.autograd.grad((wanted * scale).sum(), leaves)
+    for a, b in zip(torch.autograd.grad((found * scale).sum(), ours), grads, strict=True):
+        torch.testing.assert_close(a, b.float())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_plain_cross_entropy_beside_what_is_minimised(reduction: str) -> None:
+    parts = made(41, 24, 131, torch.float32)
+    parts[0].requires_grad_()
+    options: Any = {"label_smoothing": 0.1, "z_loss": 1e-2}
+    loss, nll = linear_cross_entropy(*parts, reduction=reduction, return_nll=True, **options)
+    assert loss.requires_grad
+    assert not nll.requires_grad
+    torch.testing.assert_close(nll, by_definition(*parts, reduction=reduction).detach())
+    torch.testing.assert_close(loss, by_definition(*parts, reduction=reduction, **options))
+
+
+def test_operations_are_counted() -> None:
+    hidden, weight, targets = made(41, 24, 131, torch.float32)
+    for learning, products in ((False, 1), (True, 3)):
+        with FlopCounterMode(display=False) as counter:
+            linear_cross_entropy(hidden.requires_grad_(learning), weight, targets)
+        assert counter.get_total_flops() == products * 2 * 41 * 24 * 131
+
+
+def test_gradients_by_differences_in_fp64() -> None:
+    hidden, weight, targets = made(5, 4, 9, torch.float64)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    for reduction in ("sum", "none"):
+        options: Any = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 3.0, "reduction": reduction}
+        assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, **options), leaves)  # noqa: B023
+
+
 def test_as_torch() -> None:
     hidden, weight, targets = made(50, 16, 97, torch.float32)
     wanted = F.cross_entropy(hidden @ weight.t(), targets, label_smoothing=0.1)
@@ -134,6 +177,7 @@ def test_the_op_follows_torchs_rules() -> None:
         args = (
             hidden,
             weight,
+            weight[:, 0].contiguous(),
             targets,
             torch.ones(20, device=DEVICE),
             -100,
@@ -143,6 +187,7 @@ def test_the_op_follows_torchs_rules() -> None:
             0,
             33,
             "",
+            True,
             1 << 20,
             wanted,
         )
@@ -153,7 +198,7 @@ def test_the_op_follows_torchs_rules() -> None:
     ("change", "message"),
     [
         ({"hidden": torch.zeros(4, 5, 6)}, "hidden has 3 dimensions"),
-        ({"hidden": torch.zeros(20, 16, dtype=torch.float64)}, "hidden is torch.float64"),
+        ({"hidden": torch.zeros(20, 16, dtype=torch.int32)}, "hidden is torch.int32"),
         ({"weight": torch.zeros(33, 17)}, "weight has width 17, hidden has 16"),
         (
             {"weight": torch.zeros(33, 16, dtype=torch.bfloat16)},
@@ -165,6 +210,7 @@ def test_the_op_follows_torchs_rules() -> None:
             {"targets": torch.full((20,), 33)},
             r"targets hold \[33, 33, 33, 33, 33\], outside the vocabulary of 33",
         ),
+        ({"bias": torch.zeros(32)}, r"bias has shape \(32,\), expected \(33,\)"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"reduction": "average"}, "reduction is 'average'"),
         ({"first": 3}, "first is 3: 33 rows from there on do not lie in a vocabulary of 33"),
@@ -185,10 +231,10 @@ def test_a_vocabulary_split_over_ranks(world: int, tmp_path: Path) -> None:
     for i, options in enumerate(OPTIONS[:4]):
         for reduction in ("mean", "none"):
             loss, dh, dw = results(linear_cross_entropy, *parts, reduction=reduction, **options)
-            found = [
-                torch.load(tmp_path / f"{i}-{reduction}-{rank}.pt", weights_only=True)
-                for rank in range(world)
-            ]
+            files = [tmp_path / f"{i}-{reduction}-{rank}.pt" for rank in range(world)]
+            found = [torch.load(file, weights_only=True) for file in files]
+            shares = sum(one[3] for one in found)  # with sum_hidden=False
+            assert (shares - dh).abs().max() <= 1e-6 * dh.abs().max()
             for one in found:
                 assert (one[0] - loss).abs().max() <= 1e-6 * loss.abs().max()
                 assert (one[1] - dh).abs().max() <= 1e-6 * dh.abs().max()
