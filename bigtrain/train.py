@@ -29,6 +29,7 @@ from bigtrain.lastwords import leave_word, lost_connection
 from bigtrain.mesh import Mesh, rendezvous
 from bigtrain.model.batch import Batch
 from bigtrain.model.build import build_model
+from bigtrain.model.kernels import check_kernels
 from bigtrain.optim import learning_rate
 from bigtrain.place import discover
 from bigtrain.plan.scaling import peak_learning_rate
@@ -94,6 +95,7 @@ def assemble(config: Config, mesh: Mesh, pulse: Pulse | None = None) -> Parts:
     tokenizer = Tokenizer.load(samples.corpora[0].tokenizer_path)
     loader = loader_of(config, samples, tokenizer)
     held_out = held_out_of(config, tokenizer, mesh)
+    check_kernels(config.layout.kernels, mesh.device)
     model = build_model(
         config.model,
         config.loss,

@@ -7,9 +7,8 @@ its block mask, cuDNN gets padded rows.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,19 +19,13 @@ from bigtrain_kernels.attention_cost import pairs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.kernel_cases.case import KernelCase, Run, poison
+from benchmarks.kernel_cases.case import DEVICE, KernelCase, Run, compiled, installed, poison, runs_of
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # cpu: in the interpreter, to try this script
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def hopper() -> bool:
     return DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
-
-
-@cache
-def flex() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def sdpa(
@@ -42,33 +35,6 @@ def sdpa(
     with sdpa_kernel([backend]):
         parts = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*parts, is_causal=causal, enable_gqa=True).transpose(1, 2)
-
-
-def timed(implementations: dict[str, Attend], parts: list[torch.Tensor], part: str) -> dict[str, Run]:
-    """The forward pass, the backward pass alone, or both, of each."""
-    grad = torch.randn_like(parts[0])
-    leaves = [x.requires_grad_() for x in parts]
-
-    def forward(f: Attend) -> Any:
-        with torch.no_grad():
-            return f(*leaves)
-
-    def both(f: Attend) -> Any:
-        return torch.autograd.grad(f(*leaves), leaves, grad)
-
-    def backward(f: Attend) -> Run:
-        graph: list[torch.Tensor] = []
-
-        def run() -> Any:
-            if not graph:
-                graph.append(f(*leaves))
-            return torch.autograd.grad(graph[0], leaves, grad, retain_graph=True)
-
-        return run
-
-    if part == "backward":
-        return {name: backward(f) for name, f in implementations.items()}
-    return {name: partial(forward if part == "forward" else both, f) for name, f in implementations.items()}
 
 
 def rows(
@@ -109,10 +75,10 @@ def rows(
                 S,
                 device=DEVICE,
             )
-            found["flex"] = lambda q, k, v: flex()(
+            found["flex"] = lambda q, k, v: compiled(flex_attention)(
                 *(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=True
             ).transpose(1, 2)
-        return timed(found, parts, part)
+        return runs_of(found, parts, part)
 
     work = (
         B * H * D * pairs(S, S, left, 0 if causal else -1) * {"forward": 4, "backward": 10, "both": 14}[part]
@@ -168,11 +134,11 @@ def documents(total: int, mean: int, H: int, K: int, D: int, part: str, aims: An
         place = torch.arange(total, device=DEVICE) - cu[owner]
 
         def flex_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            mask = build()(
+            mask = compiled(create_block_mask)(
                 lambda b, h, m, n: (m >= n) & (owner[m] == owner[n]), None, None, total, total, device=DEVICE
             )
             parts = (x.transpose(0, 1)[None] for x in (q, k, v))
-            return flex()(*parts, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+            return compiled(flex_attention)(*parts, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
         def padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             wide = (
@@ -188,20 +154,15 @@ def documents(total: int, mean: int, H: int, K: int, D: int, part: str, aims: An
             "flex": flex_documents,
             "cudnn-padded": padded,
         }
-        if importlib.util.find_spec("torch.nn.attention.varlen"):
+        if installed("torch.nn.attention.varlen"):
             found["torch-varlen"] = partial(varlen, cu, longest)
-        return timed(found, parts, part)
+        return runs_of(found, parts, part)
 
     work = H * D * sum(pairs(n, n, -1, 0) for n in lengths) * {"forward": 4, "backward": 10, "both": 14}[part]
     name = f"attention {part} packed T{total} mean {mean} H{H}/{K} D{D}"
     return KernelCase(
         name, work, "TFLOP/s", prepare, partial(error, [129, 0, 1, 300], H, K, D, -1, 0), aims or {}
     )
-
-
-@cache
-def build() -> Any:
-    return torch.compile(create_block_mask)
 
 
 def varlen(cu: torch.Tensor, longest: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,8 @@ key/value heads, D head dim, C model width.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache as once
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +19,6 @@ from bigtrain.config import ModelConfig
 from bigtrain.model.cache import KVCache
 from bigtrain.model.norm import RMSNorm
 from bigtrain.model.rope import rope_tables, rotate
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,35 +158,6 @@ def attend_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scope: Scope
     return out.view(q.shape)
 
 
-def takes_fused(kernels: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether attention runs in our Triton kernels, said once in the log.
-
-    `kernels`: "auto", on a GPU in 16 bits; "triton", always, for which a CPU needs TRITON_INTERPRET=1; others, never.
-    """
-    if kernels == "triton":
-        _tell(logging.INFO, f"attention: bigtrain's Triton kernels, as asked for, {dtype} on {device.type}")
-        return True
-    if kernels != "auto" or device.type != "cuda":
-        return False
-    why = "" if dtype in (torch.bfloat16, torch.float16) else f"{dtype} is not theirs"
-    why = why or ("" if head_dim <= 256 else f"a head of {head_dim} is larger than 256")
-    if why:
-        _tell(logging.WARNING, f"attention: torch's, not bigtrain's Triton kernels: {why}")
-    else:
-        _tell(logging.INFO, f"attention: bigtrain's Triton kernels, {dtype} on {device.type}")
-    return not why
-
-
-def _tell(level: int, text: str) -> None:
-    if not torch.compiler.is_compiling():  # logging would break the graph
-        _tell_once(level, text)
-
-
-@once
-def _tell_once(level: int, text: str) -> None:
-    _log.log(level, text)
-
-
 def _repeat_heads(x: torch.Tensor, H: int) -> torch.Tensor:
     """(B, L, K, D) -> (B, H, L, D): key/value head j serves the query heads j H/K .. (j + 1) H/K - 1."""
     B, L, K, D = x.shape
@@ -215,8 +182,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=config.bias)
         # One call for all three, so that parallel.tensor can put one module in its place.
         self.project: Project = self._project
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.kernels = kernels
+        self.q_norm = RMSNorm(D, config.norm_eps, kernels) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, config.norm_eps, kernels) if config.qk_norm else None
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -228,7 +196,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if scope.rope is not None:
-            q, k = rotate(q, *scope.rope), rotate(k, *scope.rope)
+            q, k = (rotate(x, *scope.rope, self.kernels) for x in (q, k))
         if cache is not None:
             k, v = cache.append(self.layer, k, v, scope.positions)
         if self.recompute and torch.is_grad_enabled():

@@ -14,6 +14,7 @@ from torch import nn
 
 from bigtrain.config import LossConfig
 from bigtrain.model.batch import IGNORE
+from bigtrain.model.kernels import in_triton
 
 CHUNK_CPU = 1 << 20
 """Logits in one chunk on a CPU: 4 MB of fp32, so that the passes over them stay in cache."""
@@ -38,7 +39,7 @@ class Head(nn.Linear):
     def __init__(self, width: int, vocab: int, loss: LossConfig, *, kernels: str, bias: bool = False) -> None:
         super().__init__(width, vocab, bias=bias)
         self.loss = loss
-        self.fused = kernels != "reference"
+        self.kernels = kernels
 
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None
@@ -47,8 +48,10 @@ class Head(nn.Linear):
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
-        if not self.fused:
+        if self.kernels == "reference":
             return reference_loss(F.linear(hidden, self.weight, self.bias), targets, self.loss)
+        if in_triton(self.kernels, hidden):
+            return triton_loss(hidden, self.weight, targets, self.loss, bias=self.bias)
         apply: Any = _ChunkedLoss.apply
         return LossSum(*apply(hidden, self.weight, self.bias, targets, self.loss))
 
@@ -66,6 +69,20 @@ def reference_loss(logits: torch.Tensor, targets: torch.Tensor, loss: LossConfig
     )
     zero = torch.zeros((), dtype=logits.dtype, device=logits.device)
     return LossSum(objective.where(counted, zero).sum(), nll.detach().where(counted, zero).sum())
+
+
+def triton_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, loss: LossConfig, **more: Any
+) -> LossSum:
+    """The same in our Triton kernels: hidden (T, C), weight (V, C). `more`: as linear_cross_entropy takes it."""
+    from bigtrain_kernels.linear_cross_entropy import linear_cross_entropy  # loads triton
+
+    return LossSum(
+        *linear_cross_entropy(
+            hidden, weight, targets, ignore_index=IGNORE, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss,
+            reduction="sum", return_nll=True, **more,
+        )
+    )  # fmt: skip
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -11,6 +11,7 @@ import math
 import torch
 
 from bigtrain.config import ModelConfig, RopeScaling
+from bigtrain.model.kernels import in_triton
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, float]:
@@ -65,7 +66,14 @@ def rope_tables(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Ten
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + D/2) of x (B, S, H, D) by its angle; fp32 inside, rounded once to x's dtype."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernels: str = "auto") -> torch.Tensor:
+    """Turn each pair (i, i + D/2) of x (B, S, H, D) by its angle; fp32 inside, rounded once to x's dtype.
+
+    cos and sin are (S, 1, D/2) or (B, S, 1, D/2).
+    """
+    if in_triton(kernels, x):
+        from bigtrain_kernels import rope  # loads triton
+
+        return rope.rotate(x.flatten(0, 1), cos.flatten(0, -2), sin.flatten(0, -2)).view(x.shape)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

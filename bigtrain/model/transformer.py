@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from bigtrain.config import LossConfig, ModelConfig
 from bigtrain.errors import UserError
-from bigtrain.model.attention import Attention, Project, Scope, make_scope, takes_fused
+from bigtrain.model.attention import Attention, Project, Scope, make_scope
 from bigtrain.model.cache import KVCache
+from bigtrain.model.kernels import attention_in_triton, in_triton
 from bigtrain.model.loss import Head, LossSum
-from bigtrain.model.norm import RMSNorm
+from bigtrain.model.norm import LayerNorm, RMSNorm
 
 SHARDING = {
     "embed_tokens": ("vocabulary", "out"),
@@ -37,8 +38,9 @@ is the same on all ranks."""
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: str) -> None:
         super().__init__()
+        self.kernels = kernels
         self.gate_proj = nn.Linear(config.width, config.ffn, bias=config.bias)
         self.up_proj = nn.Linear(config.width, config.ffn, bias=config.bias)
         self.down_proj = nn.Linear(config.ffn, config.width, bias=config.bias)
@@ -50,7 +52,13 @@ class SwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, C) -> (B, S, C)."""
         gate, up = self.project(x)
-        out: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        if in_triton(self.kernels, gate):
+            from bigtrain_kernels.swiglu import swiglu  # loads triton
+
+            product = swiglu(gate, up)
+        else:
+            product = F.silu(gate) * up
+        out: torch.Tensor = self.down_proj(product)
         return out
 
 
@@ -78,22 +86,23 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, kernels: str, recompute: str) -> None:
         super().__init__()
-        self.input_layernorm = make_norm(config)
+        self.input_layernorm = make_norm(config, kernels)
         self.self_attn = Attention(config, layer, kernels=kernels, recompute=recompute)
-        self.post_attention_layernorm = make_norm(config)
-        self.mlp = SwiGLU(config) if config.activation == "swiglu" else GeluMLP(config)
+        self.post_attention_layernorm = make_norm(config, kernels)
+        self.mlp = SwiGLU(config, kernels) if config.activation == "swiglu" else GeluMLP(config)
 
     def forward(self, x: torch.Tensor, scope: Scope, cache: KVCache | None = None) -> torch.Tensor:
         """(B, S, C) -> (B, S, C)."""
-        x = x + self.self_attn(self.input_layernorm(x), scope, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        attended = self.self_attn(self.input_layernorm(x), scope, cache)
+        normed, x = self.post_attention_layernorm(attended, residual=x)
+        return x + self.mlp(normed)  # type: ignore[no-any-return]
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig, kernels: str) -> nn.Module:
     """The normalisation that the config names."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.width, config.norm_eps)
-    return nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+        return RMSNorm(config.width, config.norm_eps, kernels)
+    return LayerNorm(config.width, config.norm_eps, bias=config.bias, kernels=kernels)
 
 
 class Transformer(nn.Module):
@@ -123,7 +132,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, i, kernels=kernels, recompute=recompute) for i in range(config.layers)
         )
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, kernels)
         self.lm_head = Head(config.width, config.vocab_size, loss, kernels=kernels)
         self.tie()
 
@@ -182,7 +191,7 @@ class Transformer(nn.Module):
     ) -> Scope:
         """Who sees whom in tokens (B, S), in the form that this model's attention takes: see `make_scope`."""
         dtype = next(self.parameters()).dtype
-        fused = takes_fused(self.kernels, self.config.dim_per_head, dtype, tokens.device)
+        fused = attention_in_triton(self.kernels, self.config.dim_per_head, dtype, tokens.device)
         reference = self.kernels == "reference"
         return make_scope(
             self.config, tokens, cu_seqlens, cache, explicit=reference, fused=fused, queries=queries

@@ -45,7 +45,7 @@ def share_layers(model: Transformer, mesh: Mesh, *, sequence: bool, later: Later
         return region
     head: Any = model.lm_head
     model.embed_tokens = VocabularyEmbedding(model.embed_tokens, region)  # type: ignore[arg-type]
-    model.lm_head = VocabularyHead(head, model.config.vocab_size, head.loss, region)
+    model.lm_head = VocabularyHead(head, model.config.vocab_size, region)
     if region.sequence and model.embed_positions is not None:
         model.embed_positions = SharedPositions(model.embed_positions, region)  # type: ignore[arg-type]
     return region

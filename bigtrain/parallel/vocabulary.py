@@ -15,7 +15,8 @@ from torch import nn
 from bigtrain.config import LossConfig
 from bigtrain.logical import logical_of
 from bigtrain.model.batch import IGNORE
-from bigtrain.model.loss import CHUNK_CPU, CHUNK_GPU, CHUNK_TOKENS, LossSum
+from bigtrain.model.kernels import in_triton
+from bigtrain.model.loss import CHUNK_CPU, CHUNK_GPU, CHUNK_TOKENS, Head, LossSum, triton_loss
 from bigtrain.parallel.collectives import Pending, begin_gather
 from bigtrain.parallel.region import Enter, Leave, Region
 
@@ -59,14 +60,14 @@ class SharedPositions(nn.Module):
 class VocabularyHead(nn.Module):
     """The output projection cut by vocabulary, fused with the loss."""
 
-    def __init__(self, head: nn.Linear, vocab: int, loss: LossConfig, region: Region) -> None:
+    def __init__(self, head: Head, vocab: int, region: Region) -> None:
         """`head` holds this rank's rows of the weight, of `vocab` in all."""
         super().__init__()
         self.region = region
         self.weight = head.weight
         record = logical_of(head.weight)  # type: ignore[arg-type]
         self.part = Part(record.offset[0], record.sizes[0], vocab)
-        self.loss = loss
+        self.loss, self.kernels = head.loss, head.kernels
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> LossSum:
         """hidden (B, S, C) or (T/n, C), targets (B, S) -> the summed loss, the same on all tensor ranks."""
@@ -74,6 +75,14 @@ class VocabularyHead(nn.Module):
         enter: Any = Enter.apply
         loss: Any = _VocabularyLoss.apply
         hidden = enter(hidden, self.region).flatten(0, -2)
+        if in_triton(self.kernels, hidden):
+            # Entering sums the ranks' gradients of hidden on the way back, so the loss must not.
+            split: Any = {
+                "group": self.region.axis.group,
+                "first": self.part.start,
+                "vocabulary": self.part.vocab,
+            }
+            return triton_loss(hidden, self.weight, targets.flatten(), self.loss, sum_hidden=False, **split)
         return LossSum(*loss(hidden, self.weight, targets.flatten(), self.loss, self.part, self.region))
 
 

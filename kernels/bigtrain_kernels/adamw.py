@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over many tensors in one launch, each number read and written once.
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over many tensors in one launch, one pass over memory.
 
     adamw_(parameters, gradients, first, second, step=7, lr=3e-4, weight_decay=0.1, scale=clip, copies=weights)
 
@@ -128,8 +128,8 @@ def _adamw(
     table = _addresses(lists, device)
     adamw_step[(len(blocks),)](
         table, blocks, table if scale is None else scale, 1 - lr * weight_decay, lr / (1 - beta1**step), beta1, beta2,
-        1 - beta1, 1 - beta2, 1 - beta2**step, eps, BLOCK=_BLOCK, P=_KINDS[parameters[0].dtype], G=_KINDS[gradients[0].dtype],
-        L=_KINDS[given[4][0].dtype], COPY=bool(copies), CLIP=scale is not None,
+        1 - beta1, 1 - beta2, 1 - beta2**step, eps, BLOCK=_BLOCK, P=_KINDS[parameters[0].dtype],
+        G=_KINDS[gradients[0].dtype], L=_KINDS[given[4][0].dtype], COPY=bool(copies), CLIP=scale is not None,
         ALIGNED=all(x.data_ptr() % 16 == 0 for some in lists for x in some), num_warps=8,
     )  # fmt: skip
 

@@ -54,9 +54,7 @@ def whole_sums(found: torch.Tensor, vocabulary: int) -> Sums:
     return Sums(lse, picked.sum(0), plain.sum(0) / vocabulary)
 
 
-def token_losses(
-    sums: Sums, counted: torch.Tensor, options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(sums: Sums, counted: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and plain cross-entropy by token; 0 where nothing counts."""
     eps = options.label_smoothing
     nll = sums.lse - sums.picked

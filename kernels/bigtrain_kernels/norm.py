@@ -19,7 +19,7 @@ import triton.language as tl
 
 from bigtrain_kernels.checks import INTERPRETED, check, is_float, runs_here
 
-_WIDEST = 8192
+WIDEST = 8192
 """A row lies in the registers of one program; the backward pass of 16,384 spills on sm_90."""
 _TILE = 64 if INTERPRETED else 2048
 """Numbers of a program with narrow rows: 16 a thread with 4 warps, so that loads are 128 bits wide."""
@@ -173,7 +173,11 @@ def _norm_backward(
 
 @_norm_backward.register_fake
 def _(dy: Any, dsum: Any, x: Any, weight: Any, mean: Any, scale: Any, shift: bool) -> Any:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if shift else 0)
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape if shift else 0),
+    )
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -267,7 +271,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, eps: float, bias: torch.Tensor
         is_float(vector, name)
         check(vector.device == x.device, name, f"is on {vector.device}, x is on {x.device}")
         check(vector.dtype == weight.dtype, name, f"is {vector.dtype}, the weight is {weight.dtype}")
-    check(0 < x.shape[-1] <= _WIDEST, "x", f"has width {x.shape[-1]}, expected 1 to {_WIDEST}")
+    check(0 < x.shape[-1] <= WIDEST, "x", f"has width {x.shape[-1]}, expected 1 to {WIDEST}")
     check(eps > 0, "eps", f"is {eps}, expected more than 0")
     runs_here(x)
 

@@ -73,14 +73,17 @@ def rotate_bytes(T: int, H: int, D: int, size: int) -> int:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn x (T, H, D), D even, by the angles whose cos and sin are (T, D / 2), which get no gradient.
 
-    They are fp32 (fp64 with an x of fp64), and may be (P, D / 2) where they repeat every P tokens. Raises ValueError naming the argument.
+    They are fp32 (fp64 with an x of fp64), and may be (P, D / 2) where they repeat every P tokens.
+    Raises ValueError naming the argument.
     """
     check(x.ndim == 3, "x", f"has {x.ndim} dimensions, expected (T, H, D)")
     is_float(x, "x")
     check(x.shape[2] % 2 == 0, "x", f"has head dim {x.shape[2]}, expected an even one")
     for name, table in (("cos", cos), ("sin", sin)):
         T, half, shape = x.shape[0], x.shape[2] // 2, tuple(table.shape)
-        fits = len(shape) == 2 and shape[1] == half and shape == tuple(cos.shape) and T % max(1, shape[0]) == 0
+        fits = (
+            len(shape) == 2 and shape[1] == half and shape == tuple(cos.shape) and T % max(1, shape[0]) == 0
+        )
         check(fits, name, f"has shape {shape}, expected ({T}, {half}), or fewer rows that divide {T}")
         exact = torch.promote_types(x.dtype, torch.float32)
         check(table.dtype == exact, name, f"is {table.dtype}, expected {exact} with an x of {x.dtype}")

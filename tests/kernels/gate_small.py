@@ -42,5 +42,7 @@ CASES = [
     Case("swiglu bf16", gated, {"swiglu_forward": "LDG.E.128", "swiglu_backward": "STG.E.128"}),
     Case("rotate 128 bf16", rotary, {"rotate_rows": "LDG.E.128"}),
     Case("adamw fp32", lambda: updated(torch.float32, copies=False), UPDATE),
-    Case("adamw bf16 gradients and copies", lambda: updated(torch.bfloat16, copies=True), UPDATE, quick=False),
+    Case(
+        "adamw bf16 gradients and copies", lambda: updated(torch.bfloat16, copies=True), UPDATE, quick=False
+    ),
 ]

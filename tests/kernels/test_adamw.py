@@ -14,7 +14,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(5, 7), (130,), (0,), (), (3, 64)]
 
 
-def made(gradient: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32) -> list[list[torch.Tensor]]:
+def made(
+    gradient: torch.dtype = torch.float32, dtype: torch.dtype = torch.float32
+) -> list[list[torch.Tensor]]:
     """Parameters, gradients and both moments."""
     g = torch.Generator().manual_seed(0)
     lists = [[torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in SHAPES] for _ in range(4)]
@@ -23,6 +25,10 @@ def made(gradient: torch.dtype = torch.float32, dtype: torch.dtype = torch.float
 
 def copied(lists: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
     return [[x.clone() for x in some] for some in lists]
+
+
+def flat(lists: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    return [x for some in lists for x in some]
 
 
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16, torch.float16])
@@ -63,7 +69,7 @@ def test_twice_the_same_bits_and_any_alignment() -> None:
         some[1] = torch.cat([some[1][:1], some[1]])[1:]  # 4 bytes behind an aligned address
     for lists in (one, two, shifted):
         adamw_(*lists, step=1, lr=1e-2)
-    for a, b, c in zip(*(sum(lists, []) for lists in (one, two, shifted)), strict=True):
+    for a, b, c in zip(*(flat(lists) for lists in (one, two, shifted)), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
 
@@ -78,7 +84,7 @@ def test_by_torchs_rules_and_compiled() -> None:
         adamw_(parameters, gradients, first, second, step=1, lr=1e-2)
 
     torch.compile(step, fullgraph=True, backend="aot_eager")(*two)
-    for a, b in zip(sum(one, []), sum(two, []), strict=True):
+    for a, b in zip(flat(one), flat(two), strict=True):
         assert torch.equal(a, b)
 
 

@@ -48,7 +48,9 @@ def test_as_defined(options: dict[str, Any], dtype: torch.dtype) -> None:
 def test_as_torch(reduction: str) -> None:
     logits, targets = made(30, 70)
     wanted = F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=0.1)
-    torch.testing.assert_close(cross_entropy(logits, targets, reduction=reduction, label_smoothing=0.1), wanted)  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        cross_entropy(logits, targets, reduction=reduction, label_smoothing=0.1), wanted
+    )  # type: ignore[arg-type]
 
 
 def test_gradients_by_differences_in_fp64() -> None:
@@ -82,7 +84,10 @@ def test_strides_no_token_and_values_that_are_not_finite() -> None:
     wide = torch.full((20, 40), torch.nan, device=DEVICE)
     wide[:, :33] = logits
     found = results(cross_entropy, wide[:, :33], targets, reduction="none")
-    assert all(torch.equal(a, b) for a, b in zip(found, results(cross_entropy, logits, targets, reduction="none"), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(found, results(cross_entropy, logits, targets, reduction="none"), strict=True)
+    )
     leaf = wide.requires_grad_()
     cross_entropy(leaf[:, :33], targets).backward()  # rows that are not dense, and a gradient of stride 0
     assert leaf.grad is not None
@@ -90,7 +95,9 @@ def test_strides_no_token_and_values_that_are_not_finite() -> None:
     assert float(cross_entropy(logits[:0], targets[:0], reduction="sum")) == 0
     logits[1] = torch.nan
     assert cross_entropy(logits, targets).isnan()
-    assert cross_entropy_bytes(20, 33, 2, backward=True) == 2 * cross_entropy_bytes(20, 33, 2) == 2 * 20 * 33 * 2
+    assert (
+        cross_entropy_bytes(20, 33, 2, backward=True) == 2 * cross_entropy_bytes(20, 33, 2) == 2 * 20 * 33 * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,13 +106,20 @@ def test_strides_no_token_and_values_that_are_not_finite() -> None:
         ({"logits": torch.zeros(20)}, "logits has 1 dimensions"),
         ({"logits": torch.zeros(20, 33, dtype=torch.int32)}, "logits is torch.int32"),
         ({"targets": torch.zeros(19, dtype=torch.int64)}, r"targets has shape \(19,\), expected \(20,\)"),
-        ({"targets": torch.full((20,), -3)}, r"targets hold \[-3, -3, -3, -3, -3\], outside the vocabulary of 33"),
+        (
+            {"targets": torch.full((20,), -3)},
+            r"targets hold \[-3, -3, -3, -3, -3\], outside the vocabulary of 33",
+        ),
         ({"z_loss": -1.0}, "z_loss is -1.0"),
         ({"softcap": -1.0}, "softcap is -1.0"),
         ({"reduction": "all"}, "reduction is 'all'"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"logits": torch.zeros(20, 33), "targets": torch.zeros(20, dtype=torch.int64), **change}
+    given: dict[str, Any] = {
+        "logits": torch.zeros(20, 33),
+        "targets": torch.zeros(20, dtype=torch.int64),
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
         cross_entropy(given.pop("logits"), given.pop("targets"), **given)

@@ -217,7 +217,10 @@ def test_the_ops_follow_torchs_rules() -> None:
             r"up has shape \(6, 15\), gate has \(6, 16\)",
         ),
         (lambda: rope.rotate(numbers(6, 2, 15), numbers(6, 7), numbers(6, 7)), "x has head dim 15"),
-        (lambda: rope.rotate(numbers(6, 2, 16), numbers(6, 7), numbers(6, 8)), r"cos has shape \(6, 7\), expected \(6, 8\)"),
+        (
+            lambda: rope.rotate(numbers(6, 2, 16), numbers(6, 7), numbers(6, 8)),
+            r"cos has shape \(6, 7\), expected \(6, 8\)",
+        ),
         (lambda: rope.rotate(numbers(6, 2, 16), numbers(4, 8), numbers(4, 8)), "fewer rows that divide 6"),
     ],
 )

@@ -26,7 +26,12 @@ def main(folder: Path) -> None:
     first, end = 131 * rank // world, 131 * (rank + 1) // world
     for i, options in enumerate(OPTIONS[:4]):
         for reduction in ("mean", "none"):
-            split: Any = {"group": dist.group.WORLD, "first": first, "vocabulary": 131, "reduction": reduction}
+            split: Any = {
+                "group": dist.group.WORLD,
+                "first": first,
+                "vocabulary": 131,
+                "reduction": reduction,
+            }
             # The second budget is 33 tokens of 33 rows, and more of 32 rows: ranks must not cut by their own part.
             found = results(
                 module.linear_cross_entropy, hidden, weight[first:end], targets, budget=SMALL, **split, **options

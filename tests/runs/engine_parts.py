@@ -59,6 +59,7 @@ def make_model(config: Config, device: torch.device | str = "cpu") -> torch.nn.M
     return build_model(
         config.model,
         config.loss,
+        kernels=config.layout.kernels,
         recompute=config.layout.recompute,
         device=device,
         seed=config.train.seed,

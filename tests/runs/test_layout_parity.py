@@ -68,6 +68,26 @@ def test_odd_microbatches_uneven_splits_and_other_models(tmp_path: Path) -> None
     assert not {name: errors for name, errors in failed.items() if errors}
 
 
+TRITON = [
+    special(f"triton-{name}", layout={**layout, "kernels": "triton"}, steps=2, sequences=[2], held_out=2)
+    for name, layout in {
+        "tensor": {"tensor": 2},
+        "tensor-plain-3": {"tensor": 2, "sequence": False, "zero": 3},
+        "context": {"context": 2, "zero": 0},
+        "ulysses": {"context": 2, "context_by": "ulysses"},
+        "pipeline": {"pipeline": 2, "recompute": "full"},
+    }.items()
+]
+TRITON[0]["config"]["model"] |= {"norm": "layernorm", "bias": True, "sliding_window": 7, "vocab_size": 97}
+
+
+def test_our_kernels_in_parallel_layouts(tmp_path: Path) -> None:
+    """In Triton's interpreter, against torch's operations in one process."""
+    found = run_cases(TRITON, 2, tmp_path, timeout=300)
+    failed = {c["name"]: excess(differences(found[c["name"]], reference(c))) for c in TRITON}
+    assert not {name: errors for name, errors in failed.items() if errors}
+
+
 SIXTEEN = [
     special(f"{precision}-{name}", steps=6, layout=layout)
     | {"config": special("", layout=layout)["config"] | {"precision": precision}}

@@ -1,7 +1,10 @@
-"""The model's attention through our kernels, against the explicit one: rows, documents, windows, GQA, gradients."""
+"""The model in our kernels, against the explicit operations: documents, windows, norms, biases, gradients."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +12,11 @@ import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right
 
-from bigtrain.config import ModelConfig
-from bigtrain.model.attention import attend_fused, attend_reference, make_scope, takes_fused
+from bigtrain.config import LossConfig, ModelConfig
+from bigtrain.model.attention import attend_fused, attend_reference, make_scope
+from bigtrain.model.batch import IGNORE
 from bigtrain.model.build import build_model
+from bigtrain.model.kernels import attention_in_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -60,29 +65,59 @@ def test_the_last_columns_of_context_parallelism() -> None:
     torch.testing.assert_close(attend_fused(q, k, v, replace(scope, mask=bias)), wanted)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_model_of_them_learns_the_same(recompute: str) -> None:
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"sliding_window": 9, "qk_norm": True, "tied": True},
+    "gpt": {"norm": "layernorm", "bias": True, "activation": "gelu", "position": "learned"},
+    "plain layer norm": {"norm": "layernorm", "bias": False, "objective": "masked"},
+    "lstm": {"kind": "lstm", "vocab_size": 11, "layers": 2, "width": 24},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "recompute"), [*((k, "none") for k in KINDS), ("llama", "selective"), ("gpt", "full")]
+)
+def test_a_model_of_them_learns_the_same(kind: str, recompute: str) -> None:
+    given = ModelConfig(**KINDS[kind]) if kind == "lstm" else config(layers=1, **KINDS[kind])
     tokens = torch.randint(0, 11, (2, 24), device=DEVICE)
+    targets = torch.where(torch.rand(2, 24, device=DEVICE) < 0.3, IGNORE, tokens)
     ends = torch.tensor([0, 13, 24, 40, 48], dtype=torch.int32, device=DEVICE)
-    losses = {}
+    found = {}
     for kernels in ("reference", "triton"):
-        model = build_model(config(layers=1, sliding_window=9), kernels=kernels, recompute=recompute).to(
-            DEVICE, DTYPE
-        )
-        loss = model(tokens, cu_seqlens=ends, targets=tokens).objective
-        loss.backward()
-        losses[kernels] = [loss.detach()] + [p.grad for p in model.parameters()]
-    torch.testing.assert_close(losses["triton"], losses["reference"])
+        loss = LossConfig(z_loss=1e-2, label_smoothing=0.1)
+        model = build_model(given, loss, kernels=kernels, recompute=recompute).to(DEVICE, DTYPE)
+        sums = model(tokens, cu_seqlens=ends, targets=targets)
+        (0.25 * sums.objective).backward()
+        found[kernels] = [sums.objective.detach(), sums.nll, *(p.grad for p in model.parameters())]
+    torch.testing.assert_close(found["triton"], found["reference"])
+
+
+def test_generation_with_them() -> None:
+    prompt = torch.randint(0, 11, (1, 7), device=DEVICE)
+    logits = {}
+    for kernels in ("reference", "triton"):
+        model = build_model(config(), kernels=kernels).to(DEVICE, DTYPE).eval()
+        cache = model.new_cache(1, 12)
+        with torch.no_grad():
+            model(prompt[:, :5], cache=cache)
+            logits[kernels] = model(prompt[:, 5:], cache=cache)
+    torch.testing.assert_close(logits["triton"], logits["reference"])
+
+
+def test_asked_for_where_none_runs() -> None:
+    program = "import torch; from bigtrain.model.kernels import check_kernels as c; c('triton', torch.device('cpu'))"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert 'layout.kernels: "triton" needs a GPU, and this process computes on cpu' in ran.stderr
 
 
 def test_who_takes_them(caplog: pytest.LogCaptureFixture) -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert takes_fused("auto", 128, torch.bfloat16, gpu)
-    assert not takes_fused("auto", 128, torch.bfloat16, cpu)
-    assert not takes_fused("reference", 128, torch.bfloat16, gpu)
-    assert takes_fused("triton", 128, torch.float32, cpu)
+    assert attention_in_triton("auto", 128, torch.bfloat16, gpu)
+    assert not attention_in_triton("auto", 128, torch.bfloat16, cpu)
+    assert not attention_in_triton("reference", 128, torch.bfloat16, gpu)
+    assert attention_in_triton("triton", 128, torch.float32, cpu)
     with caplog.at_level("WARNING"):
-        assert not takes_fused("auto", 128, torch.float32, gpu)
-        assert not takes_fused("auto", 512, torch.bfloat16, gpu)
+        assert not attention_in_triton("auto", 128, torch.float32, gpu)
+        assert not attention_in_triton("auto", 512, torch.bfloat16, gpu)
     assert "torch.float32 is not theirs" in caplog.text
     assert "a head of 512 is larger than 256" in caplog.text
