@@ -311,9 +311,9 @@ class LayoutConfig(Section):
     """optimizer: its state lives and is updated in host memory."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: selective the attention core, full whole blocks."""
-    kernels: Literal["auto", "triton", "reference"] = "auto"
-    """auto: the fastest right implementation here, which on a GPU are our Triton kernels; reference: plain explicit
-    operations; triton: the kernels in any case (on a CPU in Triton's interpreter, thousands of times slower)."""
+    kernels: Literal["auto", "torch", "triton", "reference"] = "auto"
+    """auto: our Triton kernels on a GPU, torch's operations elsewhere; torch: these everywhere; triton: the kernels
+    everywhere (on a CPU in Triton's interpreter, thousands of times slower); reference: plain explicit operations."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads a rank. Default: the cores divided by the ranks on this machine."""
 

@@ -22,6 +22,7 @@ from bigtrain.data.loader import Loader
 from bigtrain.data.samples import Samples
 from bigtrain.data.tokenizer import Tokenizer
 from bigtrain.engine import Engine, make_engine
+from bigtrain.engine.reference import DTYPES
 from bigtrain.errors import BigtrainError, UserError
 from bigtrain.grid import grid_of
 from bigtrain.heartbeat import Pulse
@@ -29,7 +30,7 @@ from bigtrain.lastwords import leave_word, lost_connection
 from bigtrain.mesh import Mesh, rendezvous
 from bigtrain.model.batch import Batch
 from bigtrain.model.build import build_model
-from bigtrain.model.kernels import check_kernels
+from bigtrain.model.kernel_check import check_kernels
 from bigtrain.optim import learning_rate
 from bigtrain.place import discover
 from bigtrain.plan.scaling import peak_learning_rate
@@ -95,7 +96,9 @@ def assemble(config: Config, mesh: Mesh, pulse: Pulse | None = None) -> Parts:
     tokenizer = Tokenizer.load(samples.corpora[0].tokenizer_path)
     loader = loader_of(config, samples, tokenizer)
     held_out = held_out_of(config, tokenizer, mesh)
-    check_kernels(config.layout.kernels, mesh.device)
+    check_kernels(
+        config.layout.kernels, config.model, config.loss, DTYPES[config.train.precision], mesh.device
+    )
     model = build_model(
         config.model,
         config.loss,

@@ -183,6 +183,8 @@ def varlen(cu: torch.Tensor, longest: int, q: torch.Tensor, k: torch.Tensor, v: 
 def error(lengths: list[int], H: int, K: int, D: int, left: int, right: int, seed: int) -> float:
     """The largest error of output and gradients, over twice what the same formula in torch and bf16 has."""
     g = torch.Generator(DEVICE).manual_seed(seed)
+    if DEVICE == "cpu":  # the interpreter is slow
+        lengths, H, K = [n // 4 for n in lengths], H // K, 1
     T = sum(lengths)
     parts = [torch.randn(T, n, D, generator=g, device=DEVICE, dtype=torch.bfloat16) for n in (H, K, K, H)]
     ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).tolist()

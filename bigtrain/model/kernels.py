@@ -1,7 +1,7 @@
 """Which operations of the model run in our Triton kernels, the package bigtrain_kernels; said once in the log.
 
 `kernels` in the config's layout: "auto", on a GPU; "triton", always, for which a CPU needs TRITON_INTERPRET=1;
-"reference", never.
+"torch" and "reference", never.
 """
 
 from __future__ import annotations
@@ -11,23 +11,7 @@ from functools import cache
 
 import torch
 
-from bigtrain.errors import UserError
-
 _log = logging.getLogger(__name__)
-
-
-def check_kernels(kernels: str, device: torch.device) -> None:
-    """Raises UserError when "triton" is asked for where no kernel runs."""
-    if kernels == "triton" and device.type != "cuda":
-        from bigtrain_kernels.checks import INTERPRETED  # loads triton
-
-        if not INTERPRETED:
-            raise UserError(
-                f'"triton" needs a GPU, and this process computes on {device.type}',
-                where="layout.kernels",
-                do='say "auto", which takes the kernels wherever there is a GPU, or set TRITON_INTERPRET=1 to run them '
-                "in Triton's interpreter, thousands of times slower",
-            )
 
 
 def in_triton(kernels: str, x: torch.Tensor) -> bool:
@@ -44,13 +28,19 @@ def attention_in_triton(kernels: str, head_dim: int, dtype: torch.dtype, device:
         return True
     if kernels != "auto" or device.type != "cuda":
         return False
-    why = "" if dtype in (torch.bfloat16, torch.float16) else f"{dtype} is not theirs"
-    why = why or ("" if head_dim <= 256 else f"a head of {head_dim} is larger than 256")
+    why = attention_refuses(head_dim, dtype)
     if why:
         tell_once(logging.WARNING, f"attention: torch's, not bigtrain's Triton kernels: {why}")
     else:
         tell_once(logging.INFO, f"attention: bigtrain's Triton kernels, {dtype} on {device.type}")
     return not why
+
+
+def attention_refuses(head_dim: int, dtype: torch.dtype) -> str:
+    """Why the attention kernels do not take this on a GPU; "" if they do."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} is not theirs"
+    return "" if head_dim <= 256 else f"a head of {head_dim} is larger than 256"
 
 
 def tell_once(level: int, text: str) -> None:
