@@ -76,6 +76,10 @@ def test_repeated_recomputed_compiled_and_by_the_rules() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     arguments = (logits.requires_grad_(), targets, -100, 0.1, 0.0, 0.0)
     torch.library.opcheck(module._cross_entropy, arguments)
+    loss, lse = module._cross_entropy(logits.detach(), *arguments[1:])  # type: ignore[operator]
+    torch.library.opcheck(
+        module._cross_entropy_backward, (loss, logits.detach(), targets, lse, *arguments[2:])
+    )
 
 
 def test_strides_no_token_and_values_that_are_not_finite() -> None:

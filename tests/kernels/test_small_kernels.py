@@ -190,6 +190,10 @@ def test_the_ops_follow_torchs_rules() -> None:
     torch.library.opcheck(norm._norm, (x, None, weight, None, 1e-6, False))
     torch.library.opcheck(norm._norm, (x, x.detach(), weight, weight, 1e-6, True))
     torch.library.opcheck(swiglu._swiglu, (x, numbers(6, 16).requires_grad_()))
+    dense = numbers(6, 16)
+    mean = norm._norm(dense, None, weight, weight, 1e-6, True)[2:]  # type: ignore[operator]
+    torch.library.opcheck(norm._norm_backward, (dense, dense, dense, weight.detach(), *mean, True))
+    torch.library.opcheck(swiglu._swiglu_backward, (dense, dense, dense))
     torch.library.opcheck(rope._rotate, (numbers(6, 2, 16).requires_grad_(), table, table, 1.0))
 
 
