@@ -114,15 +114,15 @@ def _producer(
 
 @gluon.jit
 def _softmax(
-    s, peak, total, m, n, N, shift, left, right, unit, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+    s, peak, total, m, n, N, low, high, unit, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):  # fmt: skip
-    """Weights of a block, what shrinks the earlier ones, and the new maximum and sum."""
+    """Weights of a block, what shrinks the earlier ones, and the new maximum and sum. Row m sees keys m + low to m + high."""
     if MASK:
         seen = (n < N)[None, :]
         if RIGHT:
-            seen = seen & (n[None, :] <= (m + (shift + right))[:, None])
+            seen = seen & (n[None, :] <= (m + high)[:, None])
         if LEFT:
-            seen = seen & (n[None, :] >= (m + (shift - left))[:, None])
+            seen = seen & (n[None, :] >= (m + low)[:, None])
         s = gl.where(seen, s, float("-inf"))
     now = gl.maximum(peak, gl.max(s, 1) * unit)
     base = gl.where(now == float("-inf"), 0.0, now)
@@ -133,8 +133,8 @@ def _softmax(
 
 @gluon.jit
 def _steps(
-    acc, weights, peak, total, begin, stop, q, ks, vs, k_full, k_empty, v_full, v_empty, m, columns, end, N, shift,
-    left, right, unit, ROWS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    acc, weights, peak, total, begin, stop, q, ks, vs, k_full, k_empty, v_full, v_empty, m, columns, end, N, low,
+    high, unit, ROWS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, scores: gl.constexpr, operand: gl.constexpr, outputs: gl.constexpr,
 ):  # fmt: skip
     """Blocks number `begin` to `stop`, counted from the last: scores of each, and the values of the one before."""
@@ -152,9 +152,7 @@ def _steps(
         _sync()
         mbarrier.arrive(k_empty.index(stage), count=1)
         n = (end - 1 - i) * BN + columns
-        p, shrink, peak, total = _softmax(
-            s, peak, total, m, n, N, shift, left, right, unit, MASK, LEFT, RIGHT
-        )
+        p, shrink, peak, total = _softmax(s, peak, total, m, n, N, low, high, unit, MASK, LEFT, RIGHT)
         acc = warpgroup_mma_wait(0, deps=[acc])
         _sync()
         mbarrier.arrive(v_empty.index(before), count=1)
@@ -182,7 +180,7 @@ def _consumer(
     outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=outputs, k_width=2)
     by_row: gl.constexpr = gl.SliceLayout(1, scores)
-    shift = N - M
+    low, high = N - M - left, N - M + right
     m = m0 + number * ROWS + gl.arange(0, ROWS, by_row)
     columns = gl.arange(0, BN, gl.SliceLayout(0, scores))
     unit = scale * LOG2E
@@ -204,26 +202,26 @@ def _consumer(
     _sync()
     mbarrier.arrive(k_empty.index(0), count=1)
     n = (end - 1) * BN + columns
-    p, _, peak, total = _softmax(s, peak, total, m, n, N, shift, left, right, unit, True, LEFT, RIGHT)
+    p, _, peak, total = _softmax(s, peak, total, m, n, N, low, high, unit, True, LEFT, RIGHT)
     weights = gl.convert_layout(p.to(qs.dtype), operand)
     # Blocks by their number from the last: [1, masked) at the end, [masked, clear) unmasked, [clear, count) a window's.
     count = end - first
     masked = gl.minimum(count, gl.maximum(1, end - until))
     acc, weights, peak, total = _steps(
         acc, weights, peak, total, 1, masked, q, ks, vs, k_full, k_empty, v_full, v_empty, m, columns, end, N,
-        shift, left, right, unit, ROWS, BN, STAGES, True, LEFT, RIGHT, scores, operand, outputs,
+        low, high, unit, ROWS, BN, STAGES, True, LEFT, RIGHT, scores, operand, outputs,
     )  # fmt: skip
     clear = count
     if LEFT:
         clear = gl.minimum(count, gl.maximum(masked, end - whole))
     acc, weights, peak, total = _steps(
         acc, weights, peak, total, masked, clear, q, ks, vs, k_full, k_empty, v_full, v_empty, m, columns, end, N,
-        shift, left, right, unit, ROWS, BN, STAGES, False, LEFT, RIGHT, scores, operand, outputs,
+        low, high, unit, ROWS, BN, STAGES, False, LEFT, RIGHT, scores, operand, outputs,
     )  # fmt: skip
     if LEFT:
         acc, weights, peak, total = _steps(
             acc, weights, peak, total, clear, count, q, ks, vs, k_full, k_empty, v_full, v_empty, m, columns, end,
-            N, shift, left, right, unit, ROWS, BN, STAGES, True, LEFT, RIGHT, scores, operand, outputs,
+            N, low, high, unit, ROWS, BN, STAGES, True, LEFT, RIGHT, scores, operand, outputs,
         )  # fmt: skip
     stage = (count - 1) % STAGES
     mbarrier.wait(v_full.index(stage), ((count - 1) // STAGES) & 1)
@@ -322,7 +320,8 @@ def forward(
     (B, S, H, D), (_, N, K, _) = q.shape, k.shape
     out = torch.empty((B, S, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, S), dtype=torch.float32, device=q.device)
-    keys, stages = 128, {64: 3, 128: 2}[D]
+    # A window of D 64 with 128 keys spills 8 bytes in Triton 3.9.
+    keys, stages = (64 if D == 64 and left >= 0 else 128), {64: 3, 128: 2}[D]
     tiles, number = tiles_of(cu_q, B, S, 2 * ROWS)
     attention_forward_hopper[(number * H,)](
         _descriptor(q, ROWS), _descriptor(k, keys), _descriptor(v, keys), out, lse,

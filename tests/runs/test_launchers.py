@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.runs import slurm_cluster
-from tests.runs.conftest import Tiny, losses_of
+from tests.runs.conftest import Tiny, losses_of, steps_of
+from tests.runs.supervised import kill_tree
 from tests.runs.worlds import ROOT, rank_pid, with_mpirun
 
 pytestmark = [pytest.mark.runs, pytest.mark.timeout(1500)]
@@ -107,6 +110,63 @@ def test_mpirun(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
     assert losses_of(run) == undisturbed
 
 
+def test_mpich(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
+    """MPICH's launcher tells ranks their places in other words; it stops when it is asked to, saved."""
+    if shutil.which("mpiexec.hydra") is None:
+        pytest.skip("mpiexec.hydra is not installed (apt-get install mpich)")
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["mpiexec.hydra", "-n", "2", sys.executable, "-m", "bigtrain", "train", str(tiny.config), *SETS]
+    command += ["--run-dir", str(run)]
+    launcher = start(command, tiny.environment(), log)
+    until("step 12", lambda: step_of(run) >= 12)
+    launcher.terminate()
+    launcher.wait(timeout=300)
+    assert state_of(run)["state"] == "preempted", log.read_text()
+    assert start(command, tiny.environment(), log).wait(timeout=600) == 0, log.read_text()
+    assert losses_of(run) == undisturbed
+
+
+def test_torchrun_goes_on_with_the_host_that_is_left(
+    tiny: Tiny, undisturbed: list[float], tmp_path: Path
+) -> None:
+    """Two hosts, of which one dies and stays away: the other goes on alone, from the newest checkpoint."""
+    run = tmp_path / "run"
+    env = {**tiny.environment(), "PYTHON": sys.executable, "NPROC": "1", "NNODES": "1:2", "RESTARTS": "3"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "BIGTRAIN_HANG_SECONDS": "20"}
+    command = ["bash", "launch/torchrun.sh", str(tiny.config), "--run-dir", str(run), *SETS]
+    logs = [tmp_path / f"host{i}" for i in range(2)]
+    hosts = [start(command, env, logs[0])]
+    try:
+        # Both are one machine here, and would both hold the store where they meet: the first must have it.
+        until("the store", lambda: listens(int(env["MASTER_PORT"])))
+        hosts.append(start(command, env, logs[1]))
+        until("step 12", lambda: step_of(run) >= 12)
+        kill_tree(hosts[1].pid)
+        assert hosts[0].wait(timeout=400) == 0, logs[0].read_text()[-3000:]
+    finally:
+        for host in hosts:
+            kill_tree(host.pid)
+    assert "resumed from step_" in logs[0].read_text()
+    ranks = [
+        round(r["tokens_per_second"] / r["tokens_per_second_per_device"]) for r in steps_of(run).values()
+    ]
+    assert (ranks[0], ranks[-1]) == (2, 1)
+    # The sum over two ranks' microbatches is another order of addition.
+    assert losses_of(run) == pytest.approx(undisturbed, rel=1e-5)
+    assert state_of(run)["state"] == "done"
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a SLURM with two nodes."""
@@ -162,3 +222,42 @@ def test_slurm(by: str, slurm: dict[str, str], tiny: Tiny, undisturbed: list[flo
         subprocess.run(["scancel", job], env=env, check=True)
         until("the end", lambda: job not in jobs(env))
         assert state_of(tmp_path / "cancelled")["state"] == "preempted", "it saved"
+
+
+def test_slurms_time_limit(slurm: dict[str, str], tiny: Tiny, tmp_path: Path) -> None:
+    """SLURM's own warning before the limit: saved, queued again, gone on with, on the curve of a run without limit."""
+    longer = [*SETS, "--set", "train.steps=4000"]
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    env = {**tiny.environment(), "SLURM_CONF": slurm["SLURM_CONF"]}
+    command = [sys.executable, "-m", "bigtrain", "launch", "slurm", str(tiny.config), *longer, "--nodes", "2"]
+    command += ["--gpus-per-node", "1", "--sbatch", "gpus-per-node=", "--cpus-per-rank", "1", "--grace", "60"]
+    told = subprocess.run(
+        [*command, "--time", "20", "--run-dir", str(run)], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    job = told.stdout.split()[-1]
+
+    def limit(minutes: int) -> None:
+        subprocess.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"], env=env, check=True)
+
+    until("step 12", lambda: step_of(run) >= 12)
+    limit(2)  # SLURM looks at limits twice a minute, and warns 60 to 120 seconds before
+    until("the queue", lambda: jobs(env).get(job) == "PENDING")
+    log = "".join(path.read_text() for path in (run / "launch").glob("slurm-*.out"))
+    assert (state_of(run)["state"], state_of(run)["reason"]) == ("preempted", "SIGUSR1"), log
+    before = step_of(run)
+    assert before < 4000
+    limit(20)
+    time.sleep(2)  # as in test_slurm
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=env, check=False)
+    until("steps after the limit", lambda: step_of(run) > before + 5)
+    subprocess.run(["scancel", job], env=env, check=True)
+    until("the end", lambda: job not in jobs(env))
+    found = losses_of(run)
+    whole = tiny.command("train", str(tiny.config), "--run-dir", str(alone), *longer, processes=2)
+    reference = start(whole, tiny.environment(), tmp_path / "alone.log")
+    try:
+        until("as many steps without a limit", lambda: step_of(alone) >= len(found))
+    finally:
+        kill_tree(reference.pid)
+    assert losses_of(alone)[: len(found)] == found
