@@ -13,6 +13,8 @@ rendezvous=(--standalone)
 if [ "${NNODES:-1}" != 1 ]; then
   rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "${JOB:-bigtrain}")
   rendezvous+=(--rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}")
+  # Else a host that comes later waits for ever for the address of rank 0: torch 2.13 tells it in the first round only.
+  case "$NNODES" in *:*) export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ;; esac
 fi
 
 # Without --signals-to-handle torchrun dies of USR1 and never tells its workers.

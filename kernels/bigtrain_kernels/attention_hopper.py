@@ -116,7 +116,9 @@ def _producer(
 def _softmax(
     s, peak, total, m, n, N, low, high, unit, MASK: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):  # fmt: skip
-    """Weights of a block, what shrinks the earlier ones, and the new maximum and sum. Row m sees keys m + low to m + high."""
+    """Weights of a block, what shrinks the earlier ones, and the new maximum and sum. Row m sees keys
+    m + low to m + high.
+    """
     if MASK:
         seen = (n < N)[None, :]
         if RIGHT:

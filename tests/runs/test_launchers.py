@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -126,34 +127,55 @@ def test_mpich(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
     assert losses_of(run) == undisturbed
 
 
-def test_torchrun_goes_on_with_the_host_that_is_left(
-    tiny: Tiny, undisturbed: list[float], tmp_path: Path
-) -> None:
-    """Two hosts, of which one dies and stays away: the other goes on alone, from the newest checkpoint."""
+def test_torchrun_with_fewer_and_more_hosts(tiny: Tiny, tmp_path: Path) -> None:
+    """Two hosts, of which one dies: the other goes on alone, from the newest checkpoint; then another one comes."""
     run = tmp_path / "run"
+    sets = [*SETS, "--set", "train.steps=4000", "--set", "layout.threads=1"]
     env = {**tiny.environment(), "PYTHON": sys.executable, "NPROC": "1", "NNODES": "1:2", "RESTARTS": "3"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "BIGTRAIN_HANG_SECONDS": "20"}
-    command = ["bash", "launch/torchrun.sh", str(tiny.config), "--run-dir", str(run), *SETS]
-    logs = [tmp_path / f"host{i}" for i in range(2)]
-    hosts = [start(command, env, logs[0])]
+    command = ["bash", "launch/torchrun.sh", str(tiny.config), "--run-dir", str(run), *sets]
+    hosts = [start(command, env, tmp_path / "host0")]
+
+    def worlds() -> list[int]:
+        """How many ranks there were, one after the other."""
+        try:
+            steps = steps_of(run).values()
+        except ValueError:  # the last line is being written
+            return []
+        rates = [(r["tokens_per_second"], r["tokens_per_second_per_device"]) for r in steps]
+        return [world for world, _ in groupby(round(all_ / each) for all_, each in rates)]
+
     try:
         # Both are one machine here, and would both hold the store where they meet: the first must have it.
         until("the store", lambda: listens(int(env["MASTER_PORT"])))
-        hosts.append(start(command, env, logs[1]))
+        hosts.append(start(command, env, tmp_path / "host1"))
         until("step 12", lambda: step_of(run) >= 12)
         kill_tree(hosts[1].pid)
-        assert hosts[0].wait(timeout=400) == 0, logs[0].read_text()[-3000:]
+        until("steps of one rank", lambda: worlds() == [2, 1])
+        hosts.append(start(command, env, tmp_path / "host2"))
+        until("steps of two ranks", lambda: worlds() == [2, 1, 2])
+        hosts[0].terminate()
+        hosts[2].terminate()
+        hosts[0].wait(timeout=300)
     finally:
         for host in hosts:
             kill_tree(host.pid)
-    assert "resumed from step_" in logs[0].read_text()
-    ranks = [
-        round(r["tokens_per_second"] / r["tokens_per_second_per_device"]) for r in steps_of(run).values()
-    ]
-    assert (ranks[0], ranks[-1]) == (2, 1)
-    # The sum over two ranks' microbatches is another order of addition.
-    assert losses_of(run) == pytest.approx(undisturbed, rel=1e-5)
-    assert state_of(run)["state"] == "done"
+    assert state_of(run)["state"] == "preempted", (tmp_path / "host0").read_text()[-3000:]
+    found = losses_of(run)
+    # The sum over two ranks' microbatches is another order of addition, which training magnifies.
+    assert found == pytest.approx(whole(tiny, sets, len(found), tmp_path), rel=1e-3)
+
+
+def whole(tiny: Tiny, sets: list[str], steps: int, folder: Path) -> list[float]:
+    """The first losses of two ranks that nobody interrupts."""
+    run = folder / "whole"
+    command = tiny.command("train", str(tiny.config), "--run-dir", str(run), *sets, processes=2)
+    ranks = start(command, tiny.environment(), folder / "whole.log")
+    try:
+        until("as many steps", lambda: step_of(run) >= steps)
+    finally:
+        kill_tree(ranks.pid)
+    return losses_of(run)[:steps]
 
 
 def listens(port: int) -> bool:
@@ -227,7 +249,7 @@ def test_slurm(by: str, slurm: dict[str, str], tiny: Tiny, undisturbed: list[flo
 def test_slurms_time_limit(slurm: dict[str, str], tiny: Tiny, tmp_path: Path) -> None:
     """SLURM's own warning before the limit: saved, queued again, gone on with, on the curve of a run without limit."""
     longer = [*SETS, "--set", "train.steps=4000"]
-    run, alone = tmp_path / "run", tmp_path / "alone"
+    run = tmp_path / "run"
     env = {**tiny.environment(), "SLURM_CONF": slurm["SLURM_CONF"]}
     command = [sys.executable, "-m", "bigtrain", "launch", "slurm", str(tiny.config), *longer, "--nodes", "2"]
     command += ["--gpus-per-node", "1", "--sbatch", "gpus-per-node=", "--cpus-per-rank", "1", "--grace", "60"]
@@ -254,10 +276,4 @@ def test_slurms_time_limit(slurm: dict[str, str], tiny: Tiny, tmp_path: Path) ->
     subprocess.run(["scancel", job], env=env, check=True)
     until("the end", lambda: job not in jobs(env))
     found = losses_of(run)
-    whole = tiny.command("train", str(tiny.config), "--run-dir", str(alone), *longer, processes=2)
-    reference = start(whole, tiny.environment(), tmp_path / "alone.log")
-    try:
-        until("as many steps without a limit", lambda: step_of(alone) >= len(found))
-    finally:
-        kill_tree(reference.pid)
-    assert losses_of(alone)[: len(found)] == found
+    assert whole(tiny, longer, len(found), tmp_path) == found
