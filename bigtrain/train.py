@@ -247,7 +247,9 @@ def _run(parts: Parts, recorder: Recorder, stop: StopFlag) -> None:
         while state == "rolled back":
             state = _train_on(parts, recorder, stop)
         parts.clock.pulse.mark("ending")
-        recorder.finish(state, recorder.progress, stop.signal_name or "")
+        asked = parts.mesh.gather(stop.signal_name) if state == "preempted" else []
+        reason = ", ".join(sorted({str(name) for name in asked if name}))
+        recorder.finish(state, recorder.progress, reason)
     except BaseException as e:
         recorder.fail(str(e) if isinstance(e, BigtrainError) else f"{type(e).__name__}: {e}")
         raise

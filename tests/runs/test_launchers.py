@@ -86,6 +86,23 @@ def test_torchrun(ask: signal.Signals, tiny: Tiny, undisturbed: list[float], tmp
     assert losses_of(run) == undisturbed
 
 
+def test_each_signal_on_any_one_rank(tiny: Tiny, tmp_path: Path) -> None:
+    """In training and in evaluation, to one rank alone: both agree, save, and go on later as if nothing had been."""
+    sets = [*SETS, "--set", "train.eval_every=20", "--set", "train.eval_sequences=400"]
+    command = tiny.command("train", str(tiny.config), "--run-dir", str(tmp_path / "run"), *sets, processes=2)
+    run, log = tmp_path / "run", tmp_path / "log"
+    asked = ((signal.SIGTERM, 1, 5), (signal.SIGUSR1, 0, 20), (signal.SIGUSR2, 1, 40), (signal.SIGINT, 0, 65))
+    for ask, rank, step in asked:
+        ranks = start(command, tiny.environment(), log)
+        until(f"step {step}", lambda step=step: step_of(run) >= step)  # type: ignore[misc]
+        os.kill(rank_pid(run, "RANK", rank), ask)
+        ranks.wait(timeout=120)
+        assert (state_of(run)["state"], state_of(run)["reason"]) == ("preempted", ask.name), log.read_text()
+        assert state_of(run)["step"] == step_of(run) >= step
+    assert start(command, tiny.environment(), log).wait(timeout=300) == 0, log.read_text()
+    assert losses_of(run) == whole(tiny, sets, 100, tmp_path)
+
+
 def test_mpirun(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
     env = with_mpirun(tiny.environment())
     run, log = tmp_path / "run", tmp_path / "log"
