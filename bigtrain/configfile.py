@@ -66,6 +66,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, auto: Auto | None =
     return build(raw, overrides, text=text, source=str(path), auto=auto)
 
 
+def load_undecided(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, bool]:
+    """As `load`, for what happens before there are ranks; and whether the layout is "auto", so not known yet."""
+    automatic: list[Config] = []
+
+    def note(config: Config) -> Config:
+        automatic.append(config)
+        return config
+
+    return load(path, overrides, auto=note), bool(automatic)
+
+
 def build(
     raw: Mapping[str, Any],
     overrides: Sequence[str] = (),

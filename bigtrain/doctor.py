@@ -20,7 +20,7 @@ from bigtrain.lastwords import lost_connection
 from bigtrain.machine_checks import CHECKS, Finding, Subject, examine
 from bigtrain.mesh import Mesh, rendezvous
 from bigtrain.network_checks import clocks, measure, rows
-from bigtrain.place import discover
+from bigtrain.place import Place, discover
 from bigtrain.rollcall import code_digest
 from bigtrain.watchdog import Watchdog
 
@@ -36,7 +36,7 @@ def doctor_command(args: argparse.Namespace) -> int:
     """Run the verb; exit code 1 when something is bad, on every rank."""
     place = discover()
     findings: list[Finding] = []
-    config = load(find_config(args.config), args.overrides) if args.config else None
+    config = _config(args, place) if args.config else None
     grid = None
     if config is not None:
         try:
@@ -54,6 +54,17 @@ def doctor_command(args: argparse.Namespace) -> int:
         dog.watch(mesh)
         stack.callback(dog.leave)
         return int(_doctor(mesh, findings, config, args, dog.pulse))
+
+
+def _config(args: argparse.Namespace, place: Place) -> Config:
+    """The config, with the layout that these ranks would choose if it says "auto"."""
+
+    def choose_layout(config: Config) -> Config:
+        from bigtrain.plan.auto import choose
+
+        return choose(config, place, Path(args.run_dir or f"runs/{config.name}"))[0]
+
+    return load(find_config(args.config), args.overrides, auto=choose_layout)
 
 
 def _doctor(

@@ -12,7 +12,7 @@ import numpy as np
 
 from bigtrain.budget import BatchSchedule, Progress
 from bigtrain.config import Config
-from bigtrain.configfile import find_config, load, render
+from bigtrain.configfile import find_config, load, load_undecided, render
 from bigtrain.errors import UserError
 from bigtrain.grid import grid_of, layout_notes, model_ranks
 from bigtrain.metrics import read_records
@@ -43,7 +43,8 @@ def explain(path: str, *, verify: bool = False, overrides: Sequence[str] = ()) -
             where=path,
             do="runs hold config.toml, checkpoints manifest.json, datasets dataset.json",
         )
-    return explain_config(load(find_config(path), overrides)), True
+    config, undecided = load_undecided(find_config(path), overrides)
+    return explain_config(config, undecided=undecided), True
 
 
 def explain_checkpoints(path: str, *, verify: bool = False) -> tuple[str, bool]:
@@ -123,7 +124,13 @@ def explain_pipeline(
     from bigtrain.parallel.split import chunk_costs
     from bigtrain.timeline import explain_schedule
 
-    config = load(find_config(path), overrides)
+    config, undecided = load_undecided(find_config(path), overrides)
+    if undecided:
+        raise UserError(
+            "the layout is chosen when the ranks start, so there is no schedule yet",
+            where='layout = "auto"',
+            do="`bigtrain plan CONFIG --gpus N --gpu KIND --layout auto` tells which it will be: write it as [layout]",
+        )
     data = grid_of(config, ranks or model_ranks(config)).data
     microbatches = BatchSchedule.of(config).full // (config.train.microbatch * data)
     layout = config.layout
@@ -138,10 +145,19 @@ def explain_pipeline(
     return f"{text}\ndrawn with {shown} microbatches; {whole}"
 
 
-def explain_config(config: Config, *, full: bool = False) -> str:
-    """What a config means; `full` adds the resolved config itself. Reads the dataset if it is there."""
+def explain_config(config: Config, *, full: bool = False, undecided: bool = False) -> str:
+    """What a config means; `full` adds the resolved config itself. Reads the dataset if it is there.
+
+    A layout that is `undecided` is chosen when the ranks start.
+    """
     grid_of(config, 1)
-    lines = [*_model_lines(config), *_budget_lines(config), *_data_lines(config), *_layout_lines(config)]
+    lines = [*_model_lines(config), *_budget_lines(config), *_data_lines(config)]
+    if undecided:
+        lines.append(
+            _line("layout", "auto: chosen when the ranks start; what follows is of one data-parallel rank")
+        )
+    else:
+        lines += _layout_lines(config)
     lines += _state_lines(config)
     return (render(config) + "\n" if full else "") + "\n".join(lines)
 

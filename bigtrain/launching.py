@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.config import Config
-from bigtrain.configfile import find_config, load, shipped
+from bigtrain.configfile import find_config, load_undecided, shipped
 from bigtrain.data.cached import is_url
 from bigtrain.errors import RunError, UserError
 from bigtrain.grid import world_problems
@@ -57,15 +57,21 @@ def nodes_of(text: str, per_node: int) -> Cluster:
     )
 
 
-def check(config: Config, cluster: Cluster, *, submit: bool) -> list[str]:
+def check(config: Config, cluster: Cluster, *, submit: bool, undecided: bool = False) -> list[str]:
     """What works, but slowly, as sentences. Raises one UserError with all that cannot work.
 
-    Every number of nodes of a range must work: the job may get any of them. A script that is only printed may be for
+    Every number of nodes of a range must work: the job may get any of them. A layout that is `undecided` is chosen
+    when the ranks start, by their GPUs, which nobody knows here. A script that is only printed may be for
     another machine, so data that is missing here is a warning then.
     """
     problems: list[str] = []
     warnings: list[str] = []
-    for nodes in range(cluster.least, cluster.most + 1):
+    if undecided:
+        plan = f"`bigtrain plan CONFIG --gpus {cluster.most * cluster.per_node} --gpu KIND --layout auto`"
+        warnings.append(
+            f"layout auto: the ranks choose it when they start; {plan} tells which, and whether one fits"
+        )
+    for nodes in () if undecided else range(cluster.least, cluster.most + 1):
         ranks = nodes * cluster.per_node
         where = f"{nodes} nodes x {cluster.per_node} = {ranks} ranks"
         problems += [f"{where}: {problem}" for problem in world_problems(config, ranks)]
@@ -189,7 +195,7 @@ def _sbatch(args: argparse.Namespace, config: Config, cluster: Cluster, run: str
 
 def launch_command(args: argparse.Namespace) -> int:
     """Run the verb."""
-    config = load(find_config(args.config), args.overrides)
+    config, undecided = load_undecided(find_config(args.config), args.overrides)
     if args.kind == "mpi" and args.hosts:
         slots = [int(part.partition(":")[2] or 1) for part in args.hosts.split(",")]
         if len(set(slots)) != 1:
@@ -201,7 +207,7 @@ def launch_command(args: argparse.Namespace) -> int:
         raise UserError(
             "an image and a volume are needed", where="launch kubernetes", do="give --image and --claim"
         )
-    warnings = check(config, cluster, submit=not args.print)
+    warnings = check(config, cluster, submit=not args.print, undecided=undecided)
     name, text = render(args, config, cluster)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

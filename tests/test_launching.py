@@ -206,3 +206,31 @@ def test_a_setting_that_the_script_has_not_is_a_bug_and_a_directive_is_added() -
         settings(script, {"Y": "1"})
     assert settings(script, {"X": "it's"}) == "#!/bin/bash\n#SBATCH --a=1\nX='it'\"'\"'s'\n# ------\nX=2\n"
     assert directives(script, {"b": "2"}).splitlines()[1:3] == ["#SBATCH --a=1", "#SBATCH --b=2"]
+
+
+def test_a_layout_that_the_ranks_choose_is_not_judged_before(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default layout could not hold 128 ranks over 48 sequences; one with tensor ranks can."""
+    (here / "auto.toml").write_text('layout = "auto"\n' + CONFIG)
+    assert "128 ranks" in refused(
+        capsys, "slurm", "job.toml", "--nodes", "16", "--gpus-per-node", "8", "--print"
+    )
+    assert main(["launch", "slurm", "auto.toml", "--nodes", "16", "--gpus-per-node", "8", "--print"]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "layout auto: the ranks choose it when they start; `bigtrain plan CONFIG --gpus 128 --gpu KIND"
+        in told
+    )
+    assert main(["inspect", "auto.toml", "--set", "data.path=elsewhere"]) == 0
+    assert "auto: chosen when the ranks start" in capsys.readouterr().out
+    assert main(["inspect", "auto.toml", "--schedule"]) == 2
+    assert "there is no schedule yet" in capsys.readouterr().err
+
+
+def test_doctor_looks_at_the_layout_that_its_ranks_would_choose(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "auto.toml").write_text('layout = "auto"\n' + CONFIG)
+    main(["doctor", "auto.toml"])  # what else it finds depends on the machine
+    assert "BAD layout" not in capsys.readouterr().out

@@ -110,14 +110,14 @@ def _linear_cross_entropy(
             )
             _add(found, slopes, hidden[rows], weight, rows)
 
-    waiting: _Chunk | None = None
+    # With an exchange the next chunk's logits are computed while it travels; else one chunk's are held at a time.
+    waiting: list[_Chunk] = []
     for start in range(0, T, step):
-        chunk = begin(start)
-        if waiting is not None:
-            end(waiting)
-        waiting = chunk
-    if waiting is not None:
-        end(waiting)
+        waiting.append(begin(start))
+        if ranks is None or len(waiting) > 1:
+            end(waiting.pop(0))
+    for chunk in waiting:
+        end(chunk)
     if gradients and ranks is not None and sum_hidden:
         dist.all_reduce(found.hidden, group=ranks)
     return loss, nll.clone(), *found
