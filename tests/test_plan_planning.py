@@ -12,6 +12,7 @@ import pytest
 
 from bigtrain.cli import main
 from bigtrain.configfile import find_config, load
+from bigtrain.plan.dryrun import dry_run
 from bigtrain.plan.estimate import estimate
 from bigtrain.plan.flops import flops_per_token, parameters
 from bigtrain.plan.hardware import cluster_of
@@ -49,6 +50,20 @@ def test_numbers_that_follow_from_each_other(capsys: pytest.CaptureFixture[str])
         assert kinds == pytest.approx(stage["total"]["point"])
     for key in ("step_seconds", "tokens_per_second_per_gpu", "mfu", "hfu", "days", "gpu_hours", "cost"):
         assert told[key]["low"] < told[key]["point"] < told[key]["high"]
+
+
+def test_a_later_stage_of_longer_sequences_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    later = ("--set", "data.stages.long.sample=1000", "--set", "data.stages.long.sequence_length=16384")
+    longer = ("--set", "model.max_length=16384")
+    staged = planned(capsys, "llama-8b", "--gpus", "64", *longer, *later)
+    whole = planned(capsys, "llama-8b", "--gpus", "64", *longer, "--set", "data.sequence_length=16384")
+    for key in ("memory", "flops_per_token", "step_seconds"):
+        assert staged[key] == whole[key]
+    assert main(["plan", "llama-8b", "--gpus", "64", *longer, *later]) == 0
+    assert "planned for the longest sequences; [data.stages] has also 8192" in capsys.readouterr().out
+    tiny = [part.replace("16384", "512") for part in later]
+    config = load(find_config("quickstart"), [tiny[1], tiny[3], "model.max_length=512"])
+    assert dry_run(config, 1).config.data.sequence_length == 512
 
 
 def test_every_stage_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from bigtrain.errors import UserError
 from bigtrain.grid import Grid, grid_of
 from bigtrain.parallel.schedule import Timeline, orders, rounds
 from bigtrain.plan.fakeworld import fake_world
+from bigtrain.plan.job import at_longest
 from bigtrain.plan.likegpu import LikeGpu
 from bigtrain.plan.measuring import Measured, Step, measure
 from bigtrain.plan.oplog import Item
@@ -100,6 +101,7 @@ def dry_run(
     """
     started = time.perf_counter()
     grid = grid_of(config, ranks)
+    config = at_longest(config)
     wanted = range(grid.pipeline) if stages is None else stages
     if unknown := [s for s in wanted if not 0 <= s < grid.pipeline]:
         raise UserError(

@@ -132,7 +132,7 @@ def estimate(
         cluster=cluster,
         parameters=parameters(config.model),
         inner=non_embedding_parameters(config.model),
-        flops=flops_per_token(config.model, config.data.sequence_length),
+        flops=flops_per_token(config.model, job.sequence_length),
         stages=stages,
         memory=[Range(s.total + more, s.low + more, s.high + more) for s in stages],
         time=time,

@@ -69,9 +69,19 @@ class Job:
         return self.global_batch * self.sequence_length
 
 
+def at_longest(config: Config) -> Config:
+    """The config with its longest sequences from the start: no other stage of [data.stages] needs as much memory."""
+    lengths = config.data.lengths.values()
+    if len(lengths) == 1:
+        return config
+    data = config.data.model_copy(update={"sequence_length": max(lengths), "stages": {}})
+    return config.model_copy(update={"data": data})
+
+
 def job_of(config: Config, ranks: int) -> Job:
-    """The job that a config makes of so many ranks. Raises UserError as `grid_of` does."""
+    """The job that a config makes of so many ranks, of its longest sequences. Raises UserError as `grid_of` does."""
     grid = grid_of(config, ranks)
+    config = at_longest(config)
     layout = config.layout
     return Job(
         model=config.model,

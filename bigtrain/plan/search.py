@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class Rules:
     kv_heads: int
     layers: int
     sequence_length: int
+    """What all sequence lengths of the run are multiples of."""
     batch_unit: int
     """Every global batch is a multiple of so many sequences."""
     muon: bool
@@ -62,7 +64,7 @@ class Rules:
             heads=1 if lstm else m.num_heads,
             kv_heads=1 if lstm else m.num_kv_heads,
             layers=m.layers,
-            sequence_length=config.data.sequence_length,
+            sequence_length=math.gcd(*config.data.lengths.values()),
             batch_unit=BatchSchedule.of(config).unit,
             muon=config.optim.kind == "muon",
             offload=offload,

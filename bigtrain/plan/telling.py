@@ -54,6 +54,10 @@ def _job_lines(e: Estimate) -> Iterator[str]:
     yield _line(
         "a step", f"{batch} {job.microbatches:,} microbatch{'es' * (job.microbatches > 1)} a data rank"
     )
+    if others := sorted({*e.config.data.lengths.values()} - {job.sequence_length}):
+        yield _line(
+            "", f"planned for the longest sequences; [data.stages] has also {', '.join(map(str, others))}"
+        )
 
 
 def _exact(number: float) -> str:
