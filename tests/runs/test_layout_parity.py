@@ -96,6 +96,8 @@ SIXTEEN = [
         ("pipeline-0", "bf16", {"pipeline": 2, "zero": 0}),
         ("pipeline-2-offload", "bf16", {"pipeline": 2, "zero": 2, "offload": "optimizer"}),
         ("zbv", "fp16", {"pipeline": 2, "schedule": "zbv", "chunks": 2, "zero": 1}),
+        ("zbv-0", "bf16", {"pipeline": 2, "schedule": "zbv", "chunks": 2, "zero": 0}),
+        ("zb-0", "fp16", {"pipeline": 2, "schedule": "interleaved-zb", "chunks": 2, "zero": 0}),
         ("tensor", "bf16", {"tensor": 2, "zero": 1}),
         ("tensor-3", "bf16", {"tensor": 2, "zero": 3}),
         ("tensor-plain", "fp16", {"tensor": 2, "zero": 2, "sequence": False}),
