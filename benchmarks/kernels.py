@@ -200,7 +200,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             names.append(name)
         place += 1.5
     axes.set_yticks(places, names, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(place - 0.5, -1.0)  # from the top
     axes.set_xlim(
         0, 1.25 * max([1.0, *(o["share_of_ceiling"] for r in rows for o in r["implementations"].values())])
     )
