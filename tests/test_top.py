@@ -154,11 +154,13 @@ class Terminal:
         fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.seen = b""
 
-    def read_until(self, text: bytes, seconds: float = 60) -> None:
+    def read_until(self, text: bytes, seconds: float = 180) -> None:
         until = time.monotonic() + seconds
         start = len(self.seen)
         while text not in self.seen[start:]:
-            assert time.monotonic() < until, self.seen[-2000:]
+            if time.monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"{text!r} did not come within {seconds:g} s: {self.seen[-2000:]!r}")
             if select.select([self.descriptor], [], [], 0.2)[0]:
                 self.seen += os.read(self.descriptor, 1 << 16)
 
