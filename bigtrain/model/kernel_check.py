@@ -62,7 +62,7 @@ def _check_interpreter(device: torch.device) -> None:
 
 def small_model(model: ModelConfig) -> ModelConfig:
     """One layer with the heads' dimension and grouping, norms, window and parts of a model; the rest is small."""
-    fields = {"layers": 1, "vocab_size": min(model.vocab_size, _VOCAB), "max_length": max(_LENGTH, 8)}
+    fields = {"layers": 1, "vocab_size": min(model.vocab_size, _VOCAB), "max_length": _LENGTH}
     if model.kind == "lstm":
         return model.model_copy(update={**fields, "width": min(model.width, 256), "dropout": 0.0})
     group = model.num_heads // model.num_kv_heads

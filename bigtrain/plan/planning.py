@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.config import Config
-from bigtrain.configfile import find_config, load
+from bigtrain.configfile import find_config, load, load_undecided
 from bigtrain.errors import RunError, UserError
 from bigtrain.metrics import read_records
 from bigtrain.plan.calibration import NEUTRAL, WARM_UP, Calibration, compare, read, save
@@ -55,14 +55,8 @@ def plan_command(args: argparse.Namespace) -> int:
 
 def _load(path: str, overrides: Sequence[str], layout: str) -> tuple[Config, bool]:
     """The config, and whether its layout is to be searched."""
-    asked: list[bool] = [layout == "auto"]
-
-    def note(config: Config) -> Config:
-        asked.append(True)
-        return config
-
-    config = load(find_config(path), overrides, auto=note)
-    return config, any(asked)
+    config, undecided = load_undecided(find_config(path), overrides)
+    return config, undecided or layout == "auto"
 
 
 def _chosen(config: Config, cluster: Cluster, found: Found | None) -> Job:
