@@ -105,6 +105,7 @@ class Talker:
         if self._trouble:
             self._store = self._shared.clone()
         self.say_beat()
+        self._share_stop()
         for other in self._neighbours:
             if finding := self._look_at(other):
                 return finding
@@ -125,6 +126,15 @@ class Talker:
             "left": self.left,
         }
         self._store.set(f"watch/beat/{self.rank}", json.dumps({**told, "host": self._host}))
+
+    def _share_stop(self) -> None:
+        """Tell that this rank was asked to stop, or hear that another one was."""
+        stop = self.dog.stop
+        if stop is None or stop.elsewhere:
+            return
+        if stop:
+            self._store.set("watch/stop", str(self.rank))
+        stop.elsewhere = self._store.check(["watch/stop"])
 
     def _beat_of(self, rank: int) -> dict[str, Any]:
         """A rank's last heartbeat; empty before its first."""

@@ -1,23 +1,52 @@
-"""Signals ask a run to stop: the handler only sets a flag, which all ranks agree on at the next safe point."""
+"""Signals ask a run to stop: they only set a flag, which all ranks agree on at the next safe point."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
 
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
-    """Set by the first TERM, INT, USR1 or USR2; a second one leaves at once with exit code 128 + signal."""
+    """Set by the first TERM, INT, USR1 or USR2; a second one leaves at once with exit code 128 + signal.
+
+    Python runs a handler when its main thread is back from C, which one that waits in a collective for a rank without
+    data is not. So a thread hears of every signal too, by the pipe that Python's own C handler writes to.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.elsewhere = False
+        """Whether another rank was asked: the talk among ranks sets it (`bigtrain.heartbeat`)."""
+        self.heard: Callable[[], None] = lambda: None
+        """Called by a thread of this flag after the first signal."""
+        self._handled = self._read = 0
+        self._pipe, into = os.pipe()
+        os.set_blocking(into, False)
+        self._into = into
+        self._thread = threading.Thread(target=self._listen, name="bigtrain-signals", daemon=True)
+        self._thread.start()
+        self._former = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
         self._previous = {s: signal.signal(s, self._handle) for s in _ASKING}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None:
+        self._handled += 1
+        self._set(number, self._handled)
+
+    def _listen(self) -> None:
+        while numbers := os.read(self._pipe, 64):
+            for number in numbers:
+                if number in _ASKING:
+                    self._read += 1
+                    self._set(number, self._read)
+                    self.heard()
+
+    def _set(self, number: int, times: int) -> None:
+        if times > 1:
             os._exit(128 + number)
         self.signal_name = signal.Signals(number).name
 
@@ -28,3 +57,7 @@ class StopFlag:
         """Put the former handlers back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._former)
+        os.close(self._into)
+        self._thread.join()
+        os.close(self._pipe)

@@ -216,6 +216,7 @@ def train(config: Config, run: str | Path, *, fresh: bool = False, began: float 
         stop = StopFlag()
         stack.callback(stop.close)
         dog = Watchdog()
+        dog.share(stop)
         stack.callback(dog.close)
         mesh = join(config)
         stack.callback(mesh.close)

@@ -16,6 +16,7 @@ import torch
 
 from bigtrain.budget import BatchSchedule, Progress, sample_id
 from bigtrain.config import Config
+from bigtrain.data.prefetch import Prefetch
 from bigtrain.engine.protocol import Engine, StepResult
 from bigtrain.errors import RunError
 from bigtrain.guard import Finding, Guard
@@ -94,12 +95,13 @@ class Trainer:
             started = time.perf_counter()
             self.clock.pulse.mark("waiting for data", self.progress.step + 1)
             self.clock.begin(self.progress.step + 1)
-            microbatches = next(steps)
+            microbatches = self._wait(steps)
             self.clock.has_data()
             self.clock.pulse.mark("training")
             mine = sum(b.counted() for b in microbatches) if self.mesh.leads else 0
+            asked = bool(self.stop) or self.stop.elsewhere
             counted, stop, overdue, unsaved, refused = self.mesh.sum(
-                [mine, bool(self.stop), self._overdue(), self.observer.save_failed(), self.guard.refused]
+                [mine, asked, self._overdue(), self.observer.save_failed(), self.guard.refused]
             )
             self._agreed(int(refused))
             if unsaved:
@@ -123,6 +125,17 @@ class Trainer:
                 self._save()
         self.observer.settle()
         return "done"
+
+    def _wait(self, steps: Iterator[list[Batch]]) -> list[Batch]:
+        """The next microbatches; none once the run is asked to stop while they do not come, for they are not needed.
+
+        Without read-ahead (data.prefetch = 0) the main thread reads, and the request waits for the data.
+        """
+        if isinstance(steps, Prefetch):
+            while not steps.ready(0.2):
+                if self.stop or self.stop.elsewhere:
+                    return []
+        return next(steps)
 
     def _step(self, microbatches: list[Batch], counted: int, started: float) -> bool:
         """One step; whether the run was rolled back instead."""

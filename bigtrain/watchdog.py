@@ -1,7 +1,7 @@
 """The watchdog: notices a rank that died, hangs or is cut off, says which, where and in what, and ends the run.
 
 The main thread counts its progress in a plain integer. Each rank has two threads. The talker writes a heartbeat into
-the store where the ranks met, every few seconds, and reads those of the two neighbouring ranks: five requests a beat,
+the store where the ranks met, every few seconds, and reads those of the two neighbouring ranks: six requests a beat,
 whatever the world's size. The other one looks at the main thread's count, and at the talker, which hangs itself when
 the link to the store is cut.
 
@@ -30,6 +30,7 @@ from bigtrain.heartbeat import Pulse, Talker, Timer, answer_seconds
 from bigtrain.inquest import Report, doing
 from bigtrain.mesh import Mesh
 from bigtrain.rollcall import within
+from bigtrain.signals import StopFlag
 from bigtrain.whereabouts import whereabouts, write_flight, write_stacks
 
 HANG_SECONDS = 600.0
@@ -76,6 +77,7 @@ class Watchdog:
         self.compare: Callable[[Mapping[int, Mapping[str, Any]]], None] = lambda beats: None
         self._stop = threading.Event()
         self.wake = threading.Event()
+        self.stop: StopFlag | None = None
         self.awake = 0.0
         self._marks = Timer()
         self._alarm = ""
@@ -103,6 +105,11 @@ class Watchdog:
             self._talker = Talker(self, mesh)
             self._start("bigtrain-talk", self._talk)
         self._start("bigtrain-watch", self._watch)
+
+    def share(self, stop: StopFlag) -> None:
+        """Tell all ranks within a heartbeat when this one is asked to stop, and set `stop.elsewhere` for theirs."""
+        self.stop = stop
+        stop.heard = self.wake.set
 
     def log_to(self, folder: Path, abandon: Callable[[str], None]) -> None:
         """Where stacks go (rank_N.log), and what to tell of the end of the run before the process ends."""

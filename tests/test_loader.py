@@ -154,6 +154,35 @@ def test_close_stops_an_endless_stream_at_once(corpus: Corpus) -> None:
     assert threads() == 0
 
 
+def test_one_can_wait_for_data_for_a_while_only(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        gate.wait()
+        yield 1
+
+    reader = Prefetch(items(), 2)
+    assert reader.ready(10.0)
+    assert next(reader) == 0
+    assert not reader.ready(0.05)
+    monkeypatch.setattr("bigtrain.data.prefetch.CLOSING", 0.1)
+    reader.close()
+    assert "has not come back for 0.1 s" in caplog.text
+    assert reader.ready(0.0), "it says at once that there is nothing more"
+    gate.set()
+    assert list(reader) == []
+
+
+def test_waiting_takes_nothing_away() -> None:
+    reader = Prefetch(iter([None, 1]), 1)
+    assert [reader.ready(10.0) and next(reader) for _ in range(2)] == [None, 1]
+    assert reader.ready(10.0)
+    assert list(reader) == []
+
+
 def test_a_forgotten_reader_ends_its_thread() -> None:
     reader = Prefetch(iter(range(10**9)), 2)
     assert next(reader) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import threading
 import weakref
@@ -9,6 +11,10 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+CLOSING = 5.0
+"""Seconds that `close` waits for a read that is under way; the thread is a daemon, which no exit waits for."""
 
 
 class _End:
@@ -30,6 +36,7 @@ class Prefetch(Generic[T]):
         self._queue: queue.Queue[T | _End] = queue.Queue(depth)
         self._stop = threading.Event()
         self._ended = False
+        self._head: list[T | _End] = []  # what `ready` has taken from the queue: at most one
         # The thread must not hold self, or a forgotten Prefetch would never be garbage.
         arguments = (items, self._queue, self._stop)
         self._thread = threading.Thread(target=_fill, args=arguments, name="bigtrain-data", daemon=True)
@@ -42,7 +49,7 @@ class Prefetch(Generic[T]):
     def __next__(self) -> T:
         if self._ended:
             raise StopIteration
-        item = self._queue.get()
+        item = self._head.pop() if self._head else self._queue.get()
         if not isinstance(item, _End):
             return item
         self._ended = True
@@ -51,11 +58,20 @@ class Prefetch(Generic[T]):
             raise item.error
         raise StopIteration
 
+    def ready(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the next item, or the end; whether `next` returns at once."""
+        if not self._head and not self._ended:
+            with contextlib.suppress(queue.Empty):
+                self._head.append(self._queue.get(timeout=seconds))
+        return bool(self._head) or self._ended
+
     def close(self) -> None:
-        """Stop the thread and wait for it (at most one item's work)."""
+        """Stop the thread and wait for it: one item's work, and no longer than CLOSING where that hangs."""
         self._ended = True
         self._stop.set()
-        self._thread.join()
+        self._thread.join(CLOSING)
+        if self._thread.is_alive():
+            _log.warning("the thread that reads data has not come back for %g s; left alone", CLOSING)
 
 
 def _fill(items: Iterator[T], filled: queue.Queue[T | _End], stop: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 On rank RANK, before step STEP (from 1), FAULT: "kill" and "stop" send this process SIGKILL and SIGSTOP, "sleep" and
 "lock" never come back, "nap" comes back after 6 s, "slow" makes every layer of this rank 30 ms slower from then on.
+"data": its thread that reads data never comes back with that step's, as from a file system that hangs.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from bigtrain.cli import main
+from bigtrain.model.batch import Batch
 
 
 def plant(fault: str, step: int) -> None:
@@ -28,6 +32,21 @@ def plant(fault: str, step: int) -> None:
         sound(trainer, *arguments)
 
     Trainer._step = faulty  # type: ignore[method-assign]
+
+
+def hang_at_data(step: int) -> None:
+    """Let the thread that reads ahead hang at a step."""
+    from bigtrain.data.loader import Loader, Step
+
+    sound = Loader._steps
+
+    def hanging(loader: Loader, plan: Iterable[Step], device: int | None) -> Iterator[list[Batch]]:
+        for n, batches in enumerate(sound(loader, plan, device), 1):
+            if n == step:
+                happen("lock")
+            yield batches
+
+    Loader._steps = hanging  # type: ignore[method-assign]
 
 
 def happen(fault: str) -> None:
@@ -63,5 +82,5 @@ def happen(fault: str) -> None:
 if __name__ == "__main__":
     fault, rank, step, *arguments = sys.argv[1:]
     if os.environ.get("RANK", "0") == rank:
-        plant(fault, int(step))
+        (hang_at_data if fault == "data" else partial(plant, fault))(int(step))
     sys.exit(main(arguments))

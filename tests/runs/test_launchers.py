@@ -103,6 +103,42 @@ def test_each_signal_on_any_one_rank(tiny: Tiny, tmp_path: Path) -> None:
     assert losses_of(run) == whole(tiny, sets, 100, tmp_path)
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_while_one_rank_waits_for_data(
+    asked: int, tiny: Tiny, undisturbed: list[float], tmp_path: Path
+) -> None:
+    """Rank 1's storage hangs at step 15, and rank 0 waits for it in a collective: whoever is asked, both save."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    sound = tiny.command("train", str(tiny.config), "--run-dir", str(run), *SETS, processes=2)
+    at = sound.index("bigtrain")
+    hanging = [*sound[:at], "tests.runs.failing", "data", "1", "15", *sound[at + 1 :]]
+    ranks = start(hanging, tiny.environment(), log)
+    until("step 14", lambda: step_of(run) == 14)
+    time.sleep(2.0)  # both wait now
+    os.kill(rank_pid(run, "RANK", asked), signal.SIGTERM)
+    assert ranks.wait(timeout=120) == 0, log.read_text()
+    state = state_of(run)
+    assert (state["state"], state["reason"], state["step"]) == ("preempted", "SIGTERM", 14), log.read_text()
+    assert start(sound, tiny.environment(), log).wait(timeout=300) == 0, log.read_text()
+    assert losses_of(run) == undisturbed
+
+
+def test_a_signal_during_a_long_first_step(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
+    """As where kernels are compiled: the step is made, and saved."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    sound = tiny.command("train", str(tiny.config), "--run-dir", str(run), *SETS, processes=2)
+    at = sound.index("bigtrain")
+    ranks = start(
+        [*sound[:at], "tests.runs.failing", "nap", "1", "1", *sound[at + 1 :]], tiny.environment(), log
+    )
+    until("the first step", lambda: "training" in log.read_text())
+    os.kill(rank_pid(run, "RANK", 0), signal.SIGUSR1)
+    assert ranks.wait(timeout=120) == 0, log.read_text()
+    assert state_of(run)["state"] == "preempted", log.read_text()
+    assert start(sound, tiny.environment(), log).wait(timeout=300) == 0, log.read_text()
+    assert losses_of(run) == undisturbed
+
+
 def test_mpirun(tiny: Tiny, undisturbed: list[float], tmp_path: Path) -> None:
     env = with_mpirun(tiny.environment())
     run, log = tmp_path / "run", tmp_path / "log"
