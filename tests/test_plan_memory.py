@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bigtrain_kernels import linear_cross_entropy
 
 from bigtrain.config import Config, ModelConfig
 from bigtrain.engine import replica, zero
+from bigtrain.engine.reference import DTYPES
 from bigtrain.model import loss
+from bigtrain.model.kernels import attention_in_triton
 from bigtrain.parallel import vocabulary
 from bigtrain.parallel.schedule import Timeline, orders
 from bigtrain.plan import activations, states
@@ -18,6 +22,7 @@ from bigtrain.plan.dryrun import dry_run
 from bigtrain.plan.flops import parameters
 from bigtrain.plan.job import Job, job_of
 from bigtrain.plan.memory import layer_parameters, memory_of
+from bigtrain.plan.oplog import Compute
 
 MODEL = ModelConfig(
     vocab_size=32000,
@@ -37,6 +42,19 @@ def test_the_numbers_copied_from_modules_that_need_torch_are_theirs() -> None:
     assert (states.LIVE_ELEMENTS, states.PREFETCH_ELEMENTS) == (zero.LIVE_ELEMENTS, zero.PREFETCH_ELEMENTS)
     assert states.REPLICA_BUCKET_BYTES == replica.BUCKET_BYTES
     assert (activations.CHUNK_LOGITS, activations.CHUNK_TOKENS) == (loss.CHUNK_GPU, loss.CHUNK_TOKENS)
+    assert activations.CHUNK_BYTES == linear_cross_entropy.BUDGET
+    assert linear_cross_entropy.chunk_tokens(2**40, 1, 2) == activations.CHUNK_TOKENS
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("kernels", ["auto", "torch", "triton", "reference"])
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_who_attends_is_what_the_model_decides(precision: str, kernels: str, head_dim: int) -> None:
+    job = replace(JOB, model=MODEL.model_copy(update={"head_dim": head_dim}), precision=precision)  # type: ignore[arg-type]
+    job = replace(job, kernels=kernels in ("auto", "triton"))
+    gpu: Any = SimpleNamespace(is_cuda=True)
+    if kernels != "triton":  # which is refused before where it cannot be
+        assert job.fused_attention == attention_in_triton(kernels, head_dim, DTYPES[precision], gpu)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -186,13 +204,58 @@ def test_the_plan_is_what_the_real_code_holds(
             | {"activation": "gelu", "position": "learned", "bias": True},
             "data": {"path": "nowhere", "sequence_length": 1024, "document_mask": False},
             "train": {"steps": 10, "global_batch": 16, "microbatch": 2, "precision": precision},
-            "layout": layout,
+            "layout": layout | {"kernels": "torch"},
         }
     )
-    dry = dry_run(config, 4, like_gpu=False)
+    dry = dry_run(config, 4, as_gpu=False)
     planned = memory_of(job_of(config, 4))
     assert len(dry.stages) == len(planned) == layout.get("pipeline", 1)
     for run, stage in zip(dry.stages, planned, strict=True):
+        assert stage.total - stage.unseen == pytest.approx(run.peak, rel=0.05), run.by_kind
+
+
+KERNELS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"zero": 0}, "bf16", {}),
+    ({"zero": 1, "recompute": "full"}, "bf16", {"vocab_size": 65536}),
+    ({"zero": 1, "tensor": 2}, "bf16", {"vocab_size": 65536}),
+    ({"zero": 1, "context": 2, "context_by": "ulysses"}, "fp16", {"qk_norm": True}),
+    ({"zero": 0, "context": 2}, "bf16", {}),
+    ({"zero": 1, "pipeline": 2}, "bf16", {"tied": True}),
+    ({"zero": 0}, "fp32", {"norm": "layernorm"}),
+    ({"zero": 0, "kernels": "torch"}, "bf16", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision", "model"), KERNELS, ids=[f"{p} {lay}" for lay, p, _ in KERNELS]
+)
+def test_the_plan_is_what_the_real_code_holds_with_our_kernels(
+    layout: dict[str, Any], precision: str, model: dict[str, Any]
+) -> None:
+    """Packed documents, as on a GPU: no mask, no repeated key, no logits, but where keys are gathered a mask."""
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "model": {
+                "vocab_size": 4096,
+                "layers": 4,
+                "width": 512,
+                "heads": 8,
+                "kv_heads": 2,
+                "max_length": 1024,
+            }
+            | model,
+            "data": {"path": "nowhere", "sequence_length": 1024, "document_mask": True},
+            "train": {"steps": 10, "global_batch": 16, "microbatch": 2, "precision": precision},
+            "layout": layout,
+        }
+    )
+    dry = dry_run(config, 4)
+    ours = {item.op for stage in dry.stages for item in stage.table if isinstance(item, Compute)}
+    job = job_of(config, 4)
+    assert ("bigtrain::attention" in ours) == (job.fused_attention and not job.masked)
+    assert ("bigtrain::linear_cross_entropy" in ours) == (layout.get("kernels") != "torch")
+    for run, stage in zip(dry.stages, memory_of(job), strict=True):
         assert stage.total - stage.unseen == pytest.approx(run.peak, rel=0.05), run.by_kind
 
 

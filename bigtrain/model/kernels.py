@@ -19,20 +19,18 @@ def in_triton(kernels: str, x: torch.Tensor) -> bool:
     return kernels == "triton" or (kernels == "auto" and x.is_cuda)
 
 
-def attention_in_triton(kernels: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether attention does: under "auto" it must also be in 16 bits."""
-    if kernels == "triton":
-        tell_once(
-            logging.INFO, f"attention: bigtrain's Triton kernels, as asked for, {dtype} on {device.type}"
-        )
-        return True
-    if kernels != "auto" or device.type != "cuda":
+def attention_in_triton(kernels: str, head_dim: int, dtype: torch.dtype, x: torch.Tensor) -> bool:
+    """Whether attention does, where x is: under "auto" it must also be in 16 bits."""
+    if not in_triton(kernels, x):
         return False
+    if kernels == "triton":
+        tell_once(logging.INFO, f"attention: bigtrain's Triton kernels, as asked for, {dtype}")
+        return True
     why = attention_refuses(head_dim, dtype)
     if why:
         tell_once(logging.WARNING, f"attention: torch's, not bigtrain's Triton kernels: {why}")
     else:
-        tell_once(logging.INFO, f"attention: bigtrain's Triton kernels, {dtype} on {device.type}")
+        tell_once(logging.INFO, f"attention: bigtrain's Triton kernels, {dtype}")
     return not why
 
 

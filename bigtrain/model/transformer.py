@@ -191,7 +191,7 @@ class Transformer(nn.Module):
     ) -> Scope:
         """Who sees whom in tokens (B, S), in the form that this model's attention takes: see `make_scope`."""
         dtype = next(self.parameters()).dtype
-        fused = attention_in_triton(self.kernels, self.config.dim_per_head, dtype, tokens.device)
+        fused = attention_in_triton(self.kernels, self.config.dim_per_head, dtype, tokens)
         reference = self.kernels == "reference"
         return make_scope(
             self.config, tokens, cu_seqlens, cache, explicit=reference, fused=fused, queries=queries

@@ -16,7 +16,7 @@ from bigtrain.config import LossConfig
 from bigtrain.logical import logical_of
 from bigtrain.model.batch import IGNORE
 from bigtrain.model.kernels import in_triton
-from bigtrain.model.loss import CHUNK_CPU, CHUNK_GPU, CHUNK_TOKENS, Head, LossSum, triton_loss
+from bigtrain.model.loss import CHUNK_CPU, CHUNK_GPU, CHUNK_TOKENS, Head, LossSum, scaled, triton_loss
 from bigtrain.parallel.collectives import Pending, begin_gather
 from bigtrain.parallel.region import Enter, Leave, Region
 
@@ -147,8 +147,8 @@ class _VocabularyLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         return (
-            (hidden * grads[0]).to(hidden.dtype),
-            (weight * grads[0]).to(ctx.dtype),
+            scaled(hidden, grads[0], hidden.dtype),
+            scaled(weight, grads[0], ctx.dtype),
             None,
             None,
             None,

@@ -13,6 +13,8 @@ from bigtrain.plan.job import Job
 
 CHUNK_LOGITS, CHUNK_TOKENS = 1 << 26, 128
 """Logits, and least tokens, of a chunk of the loss: bigtrain.model.loss; a test holds them equal."""
+CHUNK_BYTES = 1 << 28
+"""Bytes of a chunk's logits in our kernels: bigtrain_kernels.linear_cross_entropy; the same test."""
 
 
 class Kept(NamedTuple):
@@ -51,10 +53,13 @@ def kept_of(job: Job) -> Kept:
     residual = 2 * shared * C
     entered = 2 * T * C  # the outputs of both norms, gathered from the tensor ranks
     up, passed = (2, 2) if m.activation == "swiglu" else (1, 1)
-    wide = 2 * up * T * F
+    # Of SwiGLU torch keeps four tensors, our kernel three: silu(gate) is computed again.
+    wide = (3 if job.kernels and up == 2 else 2 * up) * T * F
     core, plain, mask = _attention(job, H, K)
     heads = T * (H + K) * D if m.qk_norm else 0.0
     sums = T * H * 4 + shared * 8  # of softmax and of both norms, fp32
+    if job.kernels and m.qk_norm:
+        sums += T * (H + K) * 4
     layer = b * (residual + entered + wide + core + heads) + sums + b * mask
     waiting = layer
     if job.recompute == "full":
@@ -79,8 +84,9 @@ def _attention(job: Job, H: float, K: float) -> tuple[float, float, float]:
     plain = T * (2 * H + 2 * K) * D  # queries, keys, values and the output
     gather = c > 1 and job.context_by == "gather"
     causal = m.objective == "causal"
-    masked = job.attention == "masked"
-    copied = K > 1 and m.num_heads != m.num_kv_heads and (masked or (gather and causal))
+    masked = job.masked
+    copied = K > 1 and m.num_heads != m.num_kv_heads
+    copied &= masked or (gather and causal and not job.fused_attention)
     squares = B * S * S if masked else 0.0
     if (
         gather
@@ -100,7 +106,7 @@ class Loss(NamedTuple):
     forward: float
     """A chunk's logits and the one's before it, and the gradients that are made in the forward pass."""
     backward: float
-    """These gradients, and the same scaled."""
+    """These gradients, and that of the hidden states scaled."""
     gradient: float
     """The weight's gradient that the backward pass makes, in the weight's precision."""
     kept: float
@@ -108,10 +114,19 @@ class Loss(NamedTuple):
 
 
 def loss_of(job: Job) -> Loss:
-    """Of one microbatch: bigtrain.model.loss, with tensor ranks bigtrain.parallel.vocabulary."""
+    """Of one microbatch: bigtrain.model.loss, with tensor ranks bigtrain.parallel.vocabulary; or our kernels."""
     m, T, b, t = job.model, tokens_of(job), bytes_of(job), job.tensor
     rows = m.vocab_size / t
     weight, hidden = rows * m.width, T * m.width * b
+    kept = 4 * weight + hidden
+    backward = kept + hidden
+    if job.kernels:
+        chunk = min(T, max(CHUNK_TOKENS, CHUNK_BYTES // (rows * b)))
+        ahead = (
+            min(2 * chunk, T) if t > 1 else chunk
+        )  # the next chunk's logits are there before this one is done
+        within = ahead * rows * b + (b * weight if b == 2 else 0.0)
+        return Loss(kept + within, backward, b * weight, kept)
     chunk = min(T, max(CHUNK_TOKENS, CHUNK_LOGITS // rows))
     chunks = -(-T // chunk)
     each = (
@@ -120,7 +135,7 @@ def loss_of(job: Job) -> Loss:
     if t > 1:  # the next chunk's logits are there before this one is done
         each = {1: 10, 2: 14}.get(int(chunks), 20)
     forward = 4 * weight + chunk * rows * each + hidden * (2 if t > 1 and job.sequence else 1)
-    return Loss(forward, (8 if b == 2 else 4) * weight + 2 * hidden, b * weight, 4 * weight + hidden)
+    return Loss(forward, backward, b * weight, kept)
 
 
 def in_flight(job: Job, stage: int) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from bigtrain.grid import Grid, grid_of
 from bigtrain.parallel.schedule import Timeline, orders, rounds
 from bigtrain.plan.fakeworld import fake_world
 from bigtrain.plan.job import at_longest
-from bigtrain.plan.likegpu import LikeGpu
+from bigtrain.plan.likegpu import like_gpu
 from bigtrain.plan.measuring import Measured, Step, measure
 from bigtrain.plan.oplog import Item
 from bigtrain.plan.storages import Held, by_kind
@@ -89,13 +89,13 @@ def dry_run(
     ranks: int,
     stages: Sequence[int] | None = None,
     *,
-    like_gpu: bool = True,
+    as_gpu: bool = True,
     whole: bool = False,
     told: Callable[[StageRun], None] | None = None,
 ) -> DryRun:
     """Run one step of `config` on `ranks` ranks dry, for each of these pipeline stages (all).
 
-    like_gpu=False runs the code that a CPU would. whole=True executes all microbatches, even where fewer show all
+    as_gpu=False runs the code that a CPU would. whole=True executes all microbatches, even where fewer show all
     there is. `told` hears of each stage as it is done. Raises UserError when the layout cannot work on so many ranks,
     for a stage that is not there, and inside of a world of real ranks.
     """
@@ -114,17 +114,17 @@ def dry_run(
     found = []
     for stage in wanted:
         rank = stage * (grid.world // grid.pipeline)
-        found.append(_stage(stage, rank, _run(config, ranks, rank, counts, like_gpu), microbatches))
+        found.append(_stage(stage, rank, _run(config, ranks, rank, counts, as_gpu), microbatches))
         if told is not None:
             told(found[-1])
     return DryRun(config, grid, microbatches, counts[-1], found, time.perf_counter() - started)
 
 
-def _run(config: Config, ranks: int, rank: int, counts: Sequence[int], like_gpu: bool) -> Measured:
+def _run(config: Config, ranks: int, rank: int, counts: Sequence[int], as_gpu: bool) -> Measured:
     with fake_world(config, ranks, rank) as mesh:
-        if not like_gpu:
+        if not as_gpu:
             return measure(config, mesh, counts)
-        with LikeGpu():
+        with like_gpu():
             return measure(config, mesh, counts)
 
 

@@ -42,7 +42,11 @@ class Job:
     recompute: Literal["none", "selective", "full"] = "none"
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
     attention: Literal["flash", "masked", "unfused"] = "flash"
-    """masked: fused too, but told by a mask who sees whom, because documents are kept apart or a window is set."""
+    """masked: fused too, and documents are kept apart or a window is set, so that torch's must be told by a mask who
+    sees whom; bigtrain's kernels need none: see `masked`."""
+    kernels: bool = False
+    """Attention, norms, rotary positions, SwiGLU and the loss run in bigtrain's Triton kernels, as far as these take
+    the precision: see `fused_attention`."""
     compiled: bool = False
     overlap: bool = True
     """Gradients travel while the backward pass makes more."""
@@ -52,6 +56,17 @@ class Job:
     """Of a gradient on its way; bigtrain adds up in fp32."""
     software: str = "bigtrain"
     """Whose code it is: "bigtrain", or another framework's whose published figures are compared with."""
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether attention runs in bigtrain's kernels: a test holds this equal to what the model decides."""
+        return self.kernels and self.precision != "fp32" and self.model.dim_per_head <= 256
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention has a mask. Our kernels get one too where keys are gathered, and leave it to torch's."""
+        whole = self.fused_attention and not (self.context > 1 and self.context_by == "gather")
+        return self.attention == "masked" and not whole
 
     @property
     def ranks(self) -> int:
@@ -102,4 +117,5 @@ def job_of(config: Config, ranks: int) -> Job:
         recompute=layout.recompute,
         precision=config.train.precision,
         attention="masked" if config.data.document_mask or config.model.sliding_window else "flash",
+        kernels=layout.kernels in ("auto", "triton") and config.model.kind == "transformer",
     )

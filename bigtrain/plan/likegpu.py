@@ -1,33 +1,40 @@
 """Let fake tensors of a CPU take the ways through the code that a GPU's would.
 
 torch cannot run backward passes of fake CUDA tensors without a GPU, so the dry run's tensors say they are on the CPU.
-The model asks `x.is_cuda` where it knows something better for one or the other, and torch's fused RMS norm is one
+The model asks `x.is_cuda` where it knows something better for one or the other: there it takes our Triton kernels, of
+which fake tensors see what goes in and out (`bigtrain_kernels.workspace` tells the rest). torch's fused RMS norm is one
 kernel on a GPU and a chain of small ones on a CPU, which keep more for the backward pass.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 
-class LikeGpu(TorchFunctionMode):
-    """Inside, tensors say that they are a GPU's, and `F.rms_norm` keeps what a GPU's kernel does."""
+@contextlib.contextmanager
+def like_gpu() -> Iterator[None]:
+    """Inside, tensors tell bigtrain's code that they are a GPU's, and `F.rms_norm` keeps what a GPU's kernel does.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is _IS_CUDA:
-            return True
-        if func is F.rms_norm:
-            return _rms_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    A TorchFunctionMode would be off within backward passes, which recompute.
+    """
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", property(_asked_by_us), create=True),
+        mock.patch.object(F, "rms_norm", _rms_norm),
+    ):
+        yield
 
 
-_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+def _asked_by_us(x: torch.Tensor) -> bool:
+    """torch and DeepSpeed go on to ask CUDA for the card."""
+    asking: str = sys._getframe(1).f_globals["__name__"]
+    return asking.startswith(("bigtrain.", "bigtrain_kernels."))
 
 
 def _rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float | None = None) -> torch.Tensor:

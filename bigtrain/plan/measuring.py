@@ -62,7 +62,12 @@ def measure(config: Config, mesh: Mesh, counts: Sequence[int]) -> Measured:
     """
     batches = [batch_of(config, number) for number in range(max(counts))]
     model = build_model(
-        config.model, config.loss, recompute=config.layout.recompute, device="meta", seed=config.train.seed
+        config.model,
+        config.loss,
+        kernels=config.layout.kernels,
+        recompute=config.layout.recompute,
+        device="meta",
+        seed=config.train.seed,
     )
     places = Places()
     storages, log = Storages(places), OpLog(mesh, places)

@@ -162,6 +162,8 @@ class OpLog(TorchDispatchMode):
                     self._pending.pop(tensor.untyped_storage()._cdata, None)
             return
         self._wait((args, kwargs))
+        if func.namespace == "bigtrain":
+            self._exchange(packet, args)
         flops = again = 0
         dims: tuple[int, ...] = ()
         if packet in _FLOPS:
@@ -177,6 +179,15 @@ class OpLog(TorchDispatchMode):
                 again,
             )
         )
+
+    def _exchange(self, packet: Any, args: Any) -> None:
+        """What one of our kernels sends while it runs, all but hidden behind it: it waits for the last."""
+        from bigtrain_kernels.workspace import gathers  # loads triton
+
+        for size in gathers(packet, args):
+            self._note(self.calls.gathered(args[11], float(size)))
+            self._started += 1
+            self._note(Wait(1))
 
     def _again(self, packet: Any, flops: int) -> int:
         """Of a checkpointed module's second forward pass all, of fused attention's backward the scores."""

@@ -172,6 +172,7 @@ def layouts(
                                 recompute=again,
                                 precision=base.precision,
                                 attention=base.attention,
+                                kernels=base.kernels,
                                 compiled=base.compiled,
                                 software=base.software,
                             )
@@ -358,7 +359,10 @@ def _search(asked: _Asked, *, offload: bool) -> Found:
 
 def base_job(config: Config) -> Job:
     """The job of a config on one rank, without its [layout]."""
-    alone = {"layout": LayoutConfig(), "train": config.train.model_copy(update={"microbatch": 1})}
+    alone = {
+        "layout": LayoutConfig(kernels=config.layout.kernels),
+        "train": config.train.model_copy(update={"microbatch": 1}),
+    }
     return job_of(config.model_copy(update=alone), 1)
 
 

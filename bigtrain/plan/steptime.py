@@ -84,9 +84,10 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     computed, again = _layer(work, job, rates, k)
     tensor, context = _inside(work, job, cluster, k)
     each = max(computed + tensor + context, _launches(work, job, k))  # the card may wait for the CPU
+    # Our kernels write logits, read them, put the gradient in their place (2), and two products read that.
     head = (
         _product(work.head, rates.wide * (k.odd if work.odd else 1.0), k)
-        + work.logits * k.loss / rates.bandwidth
+        + work.logits * (6 * bytes_of(job) if job.kernels else k.loss) / rates.bandwidth
     )
     stages = layers_of_stages(job.model, p, job.chunks, job.schedule, job.split, job.sequence_length)
     times = [sum(c[0] for c in mine) * each + (head if any(c[2] for c in mine) else 0.0) for mine in stages]
@@ -122,7 +123,7 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
 
 def _computed_keys(job: Job) -> float:
     """Keys of a query that fused attention computes although a mask hides some; 0: those that are seen."""
-    if job.attention != "masked":
+    if not job.masked:
         return 0.0
     if job.context > 1 and job.context_by == "gather" and job.model.objective == "causal":
         return job.sequence_length * (2 * job.context + 1) / (4 * job.context)  # none behind a rank's queries

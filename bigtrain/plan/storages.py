@@ -103,7 +103,7 @@ def _function() -> str:
 class Storages(TorchDispatchMode):
     """Follows every storage that operations make inside.
 
-    What a kernel allocates and frees inside itself is not seen.
+    What a kernel allocates and frees inside itself is not seen, but for what our own tell of themselves.
     """
 
     def __init__(self, places: Places | None = None, *, block: int = BLOCK) -> None:
@@ -161,7 +161,23 @@ class Storages(TorchDispatchMode):
         for value in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
             if isinstance(value, torch.Tensor) and value.device.type != "meta":
                 self._add(value)
+        if func.namespace == "bigtrain":
+            from bigtrain_kernels.workspace import workspace  # loads triton
+
+            self._briefly(workspace(func._overloadpacket, args), func)
         return result
+
+    def _briefly(self, size: int, func: Any) -> None:
+        """What one of our kernels holds besides, at the end of which its results are there."""
+        if not size:
+            return
+        module, where = self.places.here() if self.places is not None else ("", "")
+        number, size = len(self.held), -(-size // self.block) * self.block
+        self.held.append(
+            Held(size, (size,), torch.uint8, f"{where}, within {func.name()}", _kind(module, where))
+        )
+        self._log += [number, ~number]
+        self.peak = max(self.peak, self.live + size)
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -87,6 +87,12 @@ class Calls:
                 raise AssertionError(f"a collective that is not known here: {name}")
         return Sent(axis, op, share * size, size, n, stride, not _asynchronous(func, args))
 
+    def gathered(self, name: str, size: float) -> Sent:
+        """An all-gather over the group of this name."""
+        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
+        axis, n, stride, _ = self._group(group)
+        return Sent(axis, "all-gather", (n - 1) / n * size, size, n, stride, True)
+
     def _group(self, group: dist.ProcessGroup) -> _Group:
         if group.group_name not in self._known:
             ranks = tuple(dist.get_process_group_ranks(group))

@@ -107,6 +107,11 @@ def _shape(C: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512))}
 
 
+def programs_of(rows: int, C: int) -> int:
+    """Programs of a backward pass, each of which leaves a part of the weight's gradient."""
+    return int(min(triton.cdiv(rows, _shape(C)["ROWS"]), _PROGRAMS))
+
+
 def _exact(x: torch.Tensor) -> torch.dtype:
     """The dtype of statistics and sums."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -159,8 +164,7 @@ def _norm_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not rows:
         return dx, torch.zeros_like(weight), torch.zeros_like(weight) if shift else weight.new_empty(0)
-    shape = _shape(C)
-    programs = min(triton.cdiv(rows, shape["ROWS"]), _PROGRAMS)
+    shape, programs = _shape(C), programs_of(rows, C)
     parts = torch.empty(1 + shift, programs, C, dtype=scale.dtype, device=x.device)
     dy = dy.contiguous()
     norm_backward[(programs,)](

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from bigtrain.config import LossConfig, ModelConfig
 from bigtrain.model.attention import attend_fused, attend_reference, make_scope
 from bigtrain.model.batch import IGNORE
 from bigtrain.model.build import build_model
-from bigtrain.model.kernels import attention_in_triton
+from bigtrain.model.kernels import _tell, attention_in_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -101,7 +102,9 @@ def test_generation_with_them() -> None:
 
 
 def test_who_takes_them(caplog: pytest.LogCaptureFixture) -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    cpu = torch.empty(1)
+    gpu: Any = SimpleNamespace(is_cuda=True)
+    _tell.cache_clear()  # what another test was told
     assert attention_in_triton("auto", 128, torch.bfloat16, gpu)
     assert not attention_in_triton("auto", 128, torch.bfloat16, cpu)
     assert not attention_in_triton("reference", 128, torch.bfloat16, gpu)

@@ -96,6 +96,6 @@ def test_every_byte_of_every_rank_is_that_of_the_real_run(world: Any) -> None:
     for number, c in enumerate(cases):
         for rank, found in enumerate(measured):
             real = found[number]
-            dry = facts(_run(config_of(c), len(measured), rank, c["counts"], like_gpu=False))
+            dry = facts(_run(config_of(c), len(measured), rank, c["counts"], as_gpu=False))
             different += [f"{c['name']}, rank {rank}: {key}" for key in real if dry[key] != real[key]]
     assert not different, "\n".join(different)
