@@ -1,6 +1,6 @@
 """Speed of the data path beside its peers: encoding, parallel preparation, loading, and opening 10^12 tokens.
 
-python benchmarks/data.py [--mb 100] [--repeats 3] [--only encode scaling loader open] [--out FILE]
+python benchmarks/data.py [--mb 150] [--repeats 3] [--only encode scaling loader open] [--out FILE]
 
 The text is real: Python sources and documentation of the interpreter and of installed packages, as JSON lines. Rates of
 one core are CPU time; walls of two workers need a quiet machine. Peers that are not installed are left out by name.
@@ -370,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mb", type=float, default=100.0)
+    parser.add_argument("--mb", type=float, default=150.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=["encode", "scaling", "loader", "open"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data.json"))

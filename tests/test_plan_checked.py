@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -16,6 +17,7 @@ from bigtrain.plan.dryrun import DryRun, dry_run
 from bigtrain.plan.estimate import Estimate, estimate
 from bigtrain.plan.hardware import cluster_of
 from bigtrain.plan.job import job_of
+from bigtrain.plan.replay import replay
 
 
 @cache
@@ -29,13 +31,16 @@ def planned() -> Estimate:
 
 
 def test_what_the_code_held_is_told_beside_the_plan() -> None:
-    found = checks(planned(), dry())
-    assert not disagreements(found)
-    text = tell_checks(found, dry())
+    e = planned()
+    found, replayed = checks(e, dry()), replay(dry(), e.job, e.cluster)
+    assert not disagreements(found, replayed, e.time)
+    text = tell_checks(found, dry(), replayed, e.time)
     assert "the code of 1 rank executed" in text
     assert "lm_head" in text  # the logits are the largest tensors of this toy
     assert f"{found[0].off:+.1%}" in text
-    told = checks_json(found, dry())
+    assert re.search(r"replayed +\S+ ms  a step of this work, and \S+ ms planned", text)
+    told = checks_json(found, dry(), replayed, e.time)
+    assert told["replayed"]["total"] == pytest.approx(sum(told["replayed"]["parts"].values()))
     assert told["stages"][0]["peak"] == sum(told["stages"][0]["by_kind"].values())
     json.dumps(told)
 
@@ -50,9 +55,12 @@ def test_unseen_memory_is_not_compared() -> None:
 def test_a_wrong_plan_is_named() -> None:
     e = planned()
     wrong = replace(e, stages=[replace(s, activations=s.activations + 2**30) for s in e.stages])
-    (sentence,) = disagreements(checks(wrong, dry()))
+    replayed = replay(dry(), e.job, e.cluster)
+    (sentence,) = disagreements(checks(wrong, dry()), replayed, e.time)
     assert sentence.startswith("stage 0: ")
     assert "planned" in sentence
+    (sentence,) = disagreements(checks(e, dry()), replace(replayed, total=10 * e.time.total), e.time)
+    assert re.search(r"a step: .* planned .* of the executed work", sentence)
 
 
 def test_the_verb_fails_when_they_disagree(
@@ -65,6 +73,6 @@ def test_the_verb_fails_when_they_disagree(
     monkeypatch.setattr(checked, "SLACK", 0)
     monkeypatch.setattr(checked, "AGREE", 1e-9)
     assert main(command) == 1
-    assert "run failed: the plan's memory differs" in capsys.readouterr().err
+    assert "run failed: the plan differs from the executed code" in capsys.readouterr().err
     assert main([*command, "--json"]) == 1
     assert "dry_run" in json.loads(capsys.readouterr().out)

@@ -297,6 +297,30 @@ def test_what_is_no_run_is_said_all_at_once(tmp_path: Path) -> None:
         report([tmp_path / "a"], tmp_path / "file" / "page.html")
 
 
+def on_gpus(run: Path) -> Path:
+    """Let a run say that it ran on 8 H100."""
+    path = run / "provenance.json"
+    told = json.loads(path.read_text())
+    told["attempts"][-1] |= {"world": 8, "hosts": ["node0"], "hardware": {"gpu": "NVIDIA H100 80GB HBM3"}}
+    path.write_text(json.dumps(told))
+    return run
+
+
+def test_a_run_on_known_gpus_is_shown_beside_its_plan(tmp_path: Path) -> None:
+    run = on_gpus(make_run(tmp_path / "run", settings=["layout.pipeline=2", "train.global_batch=8"]))
+    text = report([run], tmp_path / "out")[0].read_text()
+    page = Page(text)
+    assert page.loads == [load for load in page.loads if load.startswith("src=data:image/png;base64,")]
+    assert len(page.loads) == 3, "memory, timeline, scaling"
+    assert all(base64.b64decode(load.partition(",")[2]).startswith(b"\x89PNG") for load in page.loads)
+    assert "img-src data:;" in page.policy
+
+
+def test_a_run_on_cpus_has_no_plan(tmp_path: Path) -> None:
+    text = report([make_run(tmp_path / "run")], tmp_path / "out")[0].read_text()
+    assert "<img" not in text
+
+
 # In a browser
 
 

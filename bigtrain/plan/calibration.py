@@ -114,6 +114,22 @@ def compare(
     return Comparison(found, time.total, time.low, time.high, memory, calibration)
 
 
+def cluster_of_run(run: Path, network: str | None = None, extra: Path | None = None) -> Cluster:
+    """What the last attempt of a run ran on. Raises UserError of CPUs, of cards that are not known, and of no run."""
+    try:
+        last = json.loads((run / "provenance.json").read_text(encoding="utf-8"))["attempts"][-1]
+        world, hosts, name = int(last["world"]), len(last["hosts"]), last["hardware"].get("gpu")
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+        raise UserError(
+            "tells not where it ran", where=str(run / "provenance.json"), do="give a run of bigtrain train"
+        ) from e
+    if name is None:
+        raise UserError(
+            "ran on CPUs, which the planner has no model of", where=str(run), do="give a run on GPUs"
+        )
+    return replace(cluster_of(name, world, network, extra), per_node=-(-world // hosts))
+
+
 def beside_plan(
     config: Config, device_name: str, world: int, per_node: int, records: Iterable[Mapping[str, Any]]
 ) -> str:

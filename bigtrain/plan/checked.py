@@ -10,6 +10,8 @@ from typing import Any
 from bigtrain.plan.dryrun import DryRun, StageRun
 from bigtrain.plan.estimate import Estimate
 from bigtrain.plan.quantities import gibibytes, span
+from bigtrain.plan.replay import Replayed
+from bigtrain.plan.steptime import StepTime
 from bigtrain.plan.telling import KINDS
 
 AGREE, SLACK = 0.05, 64 * 2**20
@@ -39,17 +41,27 @@ def checks(e: Estimate, dry: DryRun) -> list[Check]:
     ]
 
 
-def disagreements(found: Sequence[Check]) -> list[str]:
-    """The stages whose plan is wrong, each in a sentence; empty when plan and code agree."""
-    return [
+def disagreements(found: Sequence[Check], replayed: Replayed, planned: StepTime) -> list[str]:
+    """The stages whose planned memory is wrong, and a time beyond the plan's own interval, each in a sentence.
+
+    Empty when plan and code agree. The time's bound is wider than the memory's: formulas know of no masks' traffic, and
+    of no unequal stages.
+    """
+    wrong = [
         f"stage {c.stage}: {gibibytes(c.planned)} planned, {gibibytes(c.executed.peak)} executed ({c.off:+.1%})"
         for c in found
         if abs(c.planned - c.executed.peak) > max(AGREE * c.executed.peak, SLACK)
     ]
+    if not planned.low <= replayed.total <= planned.high:
+        wrong.append(
+            f"a step: {span(planned.total)} planned ({span(planned.low)} to {span(planned.high)}), "
+            f"{span(replayed.total)} of the executed work"
+        )
+    return wrong
 
 
-def tell_checks(found: Sequence[Check], dry: DryRun) -> str:
-    """A table of stages, then what the fullest one holds at its peak, and what a rank sends."""
+def tell_checks(found: Sequence[Check], dry: DryRun, replayed: Replayed, planned: StepTime) -> str:
+    """A table of stages, what the fullest one holds at its peak, what a rank sends, and the step's time again."""
     lines = [_heading(dry)]
     lines.append(
         f"{'GiB of tensors':17s}" + "".join(f"{k:>12}" for k in DRY_KINDS) + f"{'peak':>10}{'planned':>10}"
@@ -58,7 +70,7 @@ def tell_checks(found: Sequence[Check], dry: DryRun) -> str:
         cells = "".join(f"{check.executed.by_kind[kind] / 2**30:12.2f}" for kind in DRY_KINDS)
         row = f"{check.executed.peak / 2**30:10.2f}{check.planned / 2**30:10.2f}  ({check.off:+.1%})"
         lines.append(f"  {name:15s}{cells}{row}")
-    return "\n".join([*lines, *_held(found), *_sent(found)])
+    return "\n".join([*lines, *_held(found), *_sent(found), *_again(replayed, planned)])
 
 
 def _heading(dry: DryRun) -> str:
@@ -101,9 +113,20 @@ def _sent(found: Sequence[Check]) -> Iterator[str]:
         yield f"{'sent in a step' if i == 0 else '':17s}{gibibytes(size):>9}  in {calls:,} calls: {axis}, {kind}"
 
 
-def checks_json(found: Sequence[Check], dry: DryRun) -> dict[str, Any]:
+def _again(replayed: Replayed, planned: StepTime) -> Iterator[str]:
+    """The step's seconds from the executed work, by what they go into."""
+    off = f"{planned.total / replayed.total - 1:+.1%}"
+    yield f"{'replayed':17s}{span(replayed.total):>9}  a step of this work, and {span(planned.total)} planned ({off}):"
+    parts = sorted(replayed.parts.items(), key=lambda part: -part[1])
+    most = [f"{name} {span(seconds)}" for name, seconds in parts if seconds > 0.002 * replayed.total]
+    yield f"{'':17s}{'':>9}  {', '.join(most)}"
+
+
+def checks_json(found: Sequence[Check], dry: DryRun, replayed: Replayed, planned: StepTime) -> dict[str, Any]:
     """The same for programs."""
     return {
+        "replayed": asdict(replayed),
+        "planned_step_seconds": planned.total,
         "seconds": dry.seconds,
         "flops": dry.flops,
         "executed_microbatches": dry.executed,

@@ -70,7 +70,7 @@ def measure(config: Config, mesh: Mesh, counts: Sequence[int]) -> Measured:
         seed=config.train.seed,
     )
     places = Places()
-    storages, log = Storages(places), OpLog(mesh, places)
+    storages, log = Storages(places), OpLog(mesh, places, config.data.sequence_length)
     with places, storages, log, _actions_noted(log):
         engine = make_engine(model, config, mesh)
         setup = storages.peak

@@ -77,6 +77,10 @@ _MADE_ONLY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, a
 _MADE_ONLY |= {aten.detach, aten.lift_fresh, aten.alias, aten._unsafe_view}
 _MADE_ONLY |= {aten.unbind, aten.split, aten.split_with_sizes, aten._reshape_alias, aten.resize_, aten.set_}
 """Operations that launch nothing."""
+_NO_WORK = ("prim", "profiler")
+"""prim: fake tensors are asked for their device."""
+_OFFSETS = {0: (0, 1), 2: (2, 3)}
+"""Where, after q, k and v, attention takes the offsets of documents: forward, and backward, whose q is the third."""
 _LOOK_UPS = {aten.embedding, aten.index_select, aten.gather, aten.index}
 """Operations that read only what they return of their first argument."""
 
@@ -84,9 +88,10 @@ _LOOK_UPS = {aten.embedding, aten.index_select, aten.gather, aten.index}
 class OpLog(TorchDispatchMode):
     """Writes down all that operations do inside, on fake tensors or on real ones."""
 
-    def __init__(self, mesh: Mesh, places: Places) -> None:
+    def __init__(self, mesh: Mesh, places: Places, row: int) -> None:
+        """`row`: tokens of a sequence."""
         super().__init__()
-        self.places = places
+        self.places, self.row = places, row
         self.calls = Calls(mesh)
         self.table: dict[Item, int] = {}
         """Kinds of work -> their number."""
@@ -118,7 +123,7 @@ class OpLog(TorchDispatchMode):
             self._communicate(self.calls.read(func, args), args)
         elif func._overloadpacket is aten._local_scalar_dense:
             self._wait(args)
-        elif func.namespace != "prim" and not func.is_view:  # prim: fake tensors are asked for their device
+        elif func.namespace not in _NO_WORK and not func.is_view:
             self._compute(func, args, kwargs, result)
         return result
 
@@ -166,10 +171,18 @@ class OpLog(TorchDispatchMode):
             self._exchange(packet, args)
         flops = again = 0
         dims: tuple[int, ...] = ()
-        if packet in _FLOPS:
-            flops = int(_FLOPS[packet](*args, **kwargs, out_val=result))
+        formula = _FLOPS.get(packet) or flop_registry.get(
+            packet
+        )  # our kernels tell theirs when they are loaded
+        if formula is not None:
+            if func.namespace == "bigtrain" and "attention" in str(packet):
+                args = self._by_rows(packet, args)
+            flops = int(formula(*args, **kwargs, out_val=result))
             again = self._again(packet, flops)
-            dims = _dims(args) if "mm" in packet._qualified_op_name else ()
+            if "mm" in packet._qualified_op_name:
+                dims = _dims(args)
+            elif "linear_cross_entropy" in packet._qualified_op_name:  # hidden (T, C) by weight (V, C)
+                dims = (*args[0].shape, args[1].shape[0], 1)
         self._note(
             Compute(
                 packet._qualified_op_name.removeprefix("aten::"),
@@ -179,6 +192,19 @@ class OpLog(TorchDispatchMode):
                 again,
             )
         )
+
+    def _by_rows(self, packet: Any, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments of packed attention, as if rows were the only documents: offsets that are fake are not known.
+
+        That is the most that documents can cost, and what the planner reckons with.
+        """
+        q = 2 * ("backward" in str(packet))
+        if args[q + 3 + q] is None:
+            return args
+        rows = args[q].shape[1] // self.row
+        shaped = [x.view(rows, self.row, *x.shape[2:]) for x in args[q : q + 3]]
+        rest = args[q + 3 :]
+        return [*args[:q], *shaped, *(None if i in _OFFSETS[q] else x for i, x in enumerate(rest))]
 
     def _exchange(self, packet: Any, args: Any) -> None:
         """What one of our kernels sends while it runs, all but hidden behind it: it waits for the last."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from bigtrain.config import Config
 from bigtrain.configfile import find_config, load, load_undecided
 from bigtrain.errors import RunError, UserError
 from bigtrain.metrics import read_records
-from bigtrain.plan.calibration import NEUTRAL, WARM_UP, Calibration, compare, read, save
+from bigtrain.plan.calibration import NEUTRAL, WARM_UP, Calibration, cluster_of_run, compare, read, save
 from bigtrain.plan.estimate import Estimate, Range, estimate
 from bigtrain.plan.hardware import Cluster, cluster_of, find_gpu
 from bigtrain.plan.job import Job, job_of
@@ -103,7 +103,8 @@ def _answer(
             print(f"drawn in {picture}")
     if wrong:
         raise RunError(
-            "the plan's memory differs from the executed code's by more than 5 %\n  " + "\n  ".join(wrong),
+            "the plan differs from the executed code: memory by more than 5 %, or time beyond its interval\n  "
+            + "\n  ".join(wrong),
             do="trust the dry run, and please report this config",
         )
     return 0 if e.fits else 1
@@ -113,10 +114,12 @@ def _dry_run(e: Estimate) -> tuple[tuple[str, dict[str, Any]], list[str]]:
     """Execute the estimate's job dry: as text and for JSON, and where the plan is wrong."""
     from bigtrain.plan.checked import checks, checks_json, disagreements, tell_checks
     from bigtrain.plan.dryrun import dry_run
+    from bigtrain.plan.replay import replay
 
     dry = dry_run(with_layout(e.config, e.job), e.cluster.gpus)
-    found = checks(e, dry)
-    return (tell_checks(found, dry), checks_json(found, dry)), disagreements(found)
+    found, replayed = checks(e, dry), replay(dry, e.job, e.cluster)
+    told = tell_checks(found, dry, replayed, e.time), checks_json(found, dry, replayed, e.time)
+    return told, disagreements(found, replayed, e.time)
 
 
 def _remedy(e: Estimate, found: Found | None) -> str:
@@ -185,20 +188,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     """Compare a finished run with its plan and store the correction. Raises UserError when it cannot be planned."""
     run = Path(args.calibrate)
     config = load(run / "config.toml")
-    try:
-        attempts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))["attempts"]
-        last = attempts[-1]
-        world, hosts, name = int(last["world"]), len(last["hosts"]), last["hardware"].get("gpu")
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise UserError(
-            "tells not where it ran", where=str(run / "provenance.json"), do="give a run of bigtrain train"
-        ) from e
-    if name is None:
-        raise UserError(
-            "ran on CPUs, which the planner has no model of", where=str(run), do="give a run on GPUs"
-        )
-    extra = Path(args.hardware) if args.hardware else None
-    cluster = replace(cluster_of(name, world, args.network, extra), per_node=-(-world // hosts))
+    cluster = cluster_of_run(run, args.network, Path(args.hardware) if args.hardware else None)
+    world = cluster.gpus
     source = f"{config.name}: {described(job_of(config, world))} on {world} x {cluster.gpu.name}"
     found = compare(config, cluster, read_records(run / "metrics.jsonl"), source)
     if found is None:

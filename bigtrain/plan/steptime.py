@@ -76,11 +76,9 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     """The step time of a job on a cluster."""
     k = constants or CONSTANTS
     n, p = job.microbatches, job.pipeline
-    T = job.microbatch * job.sequence_length / job.context
-    work = work_of(
-        job.model, T, job.sequence_length, job.tensor, job.sequence, job.attention, _computed_keys(job)
-    )
-    rates = _rates(job, cluster, k)
+    ours = job.software == "bigtrain"
+    work = _work(job)
+    rates = rates_of(job, cluster, k)
     computed, again = _layer(work, job, rates, k)
     tensor, context = _inside(work, job, cluster, k)
     each = max(computed + tensor + context, _launches(work, job, k))  # the card may wait for the CPU
@@ -92,6 +90,7 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     stages = layers_of_stages(job.model, p, job.chunks, job.schedule, job.split, job.sequence_length)
     times = [sum(c[0] for c in mine) * each + (head if any(c[2] for c in mine) else 0.0) for mine in stages]
     most = max(times)
+    added = _added(job, rates, max(sum(c[0] for c in mine) for mine in stages)) if ours else 0.0
     layers = sum(c[0] for c in stages[times.index(most)])
     bubble = 0.0
     if p > 1:  # a rank waits for what the others do before and after it
@@ -100,7 +99,7 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     hidden = k.hidden * min(traffic, room * most) if job.overlap else 0.0
     slower = 1 + k.straggle * math.log2(cluster.nodes)
     parts = {
-        "compute": n * (most - layers * (tensor + context)) * slower,
+        "compute": n * (most - layers * (tensor + context) + added) * slower,
         "tensor": n * layers * tensor * slower,
         "context": n * layers * context * slower,
         "data": traffic - hidden,
@@ -119,6 +118,12 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
         hfu=mfu * (1 + again / 3),
         spread=k.spread * (1 + 0.25 * max(0.0, math.log2(cluster.nodes / 64))),
     )
+
+
+def _work(job: Job) -> Work:
+    T, S = job.microbatch * job.sequence_length / job.context, job.sequence_length
+    apart = job.software == "bigtrain"
+    return work_of(job.model, T, S, job.tensor, job.sequence, job.attention, _computed_keys(job), apart)
 
 
 def _computed_keys(job: Job) -> float:
@@ -162,10 +167,18 @@ class Work(NamedTuple):
 
 @functools.lru_cache(maxsize=1 << 15)
 def work_of(
-    m: ModelConfig, T: float, S: int, t: int, sequence: bool, attention: str, seen: float = 0.0
+    m: ModelConfig,
+    T: float,
+    S: int,
+    t: int,
+    sequence: bool,
+    attention: str,
+    seen: float = 0.0,
+    apart: bool = False,
 ) -> Work:
     """T tokens of sequences of S, on one of t tensor ranks. seen: keys of a query that fused attention computes, where
-    that is not what the model lets it see."""
+    that is not what the model lets it see. apart: every matrix is a product of its own, as in bigtrain; others join
+    those that share their input."""
     C, V = m.width, m.vocab_size
     head, odd = (2 * T * C * V / t, min(T, C, V / t)), V % t == 0 and V // t % 8 != 0
     if m.kind == "lstm":
@@ -174,7 +187,14 @@ def work_of(
     H, K, D, F = m.num_heads, m.num_kv_heads, m.dim_per_head, m.ffn
     up = 2 if m.activation == "swiglu" else 1
     kv = 2 * max(K, t) / t * D  # more ranks than kv heads hold copies
-    shapes = ((C, H * D / t + kv), (H * D / t, C), (C, up * F / t), (F / t, C))
+    shapes: tuple[tuple[float, float], ...] = (
+        (C, H * D / t + kv),
+        (H * D / t, C),
+        (C, up * F / t),
+        (F / t, C),
+    )
+    if apart:
+        shapes = ((C, H * D / t), (C, kv / 2), (C, kv / 2), (H * D / t, C), *((C, F / t),) * up, (F / t, C))
     flash = attention != "unfused"
     return Work(
         products=tuple((2 * T * a * b, min(T, a, b)) for a, b in shapes),
@@ -206,7 +226,8 @@ class Rates(NamedTuple):
     """Bytes."""
 
 
-def _rates(job: Job, cluster: Cluster, k: Constants) -> Rates:
+def rates_of(job: Job, cluster: Cluster, k: Constants) -> Rates:
+    """What a job's card does in a second."""
     gpu = cluster.gpu
     hot = "fp8" in gpu.peak_tflops  # Hopper and later: the power limits the clock
     share = k.matmul * (k.hot if hot else 1.0)
@@ -256,8 +277,12 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     return products + traffic + scores + backward + again, again / forward
 
 
+def launches(job: Job, k: Constants) -> float:
+    """Seconds of the CPU for the kernels of a layer and microbatch: what keeps a card waiting where work is small."""
+    return _launches(_work(job), job, k)
+
+
 def _launches(work: Work, job: Job, k: Constants) -> float:
-    """Seconds of the CPU for the kernels of a layer."""
     times = 4 / 3 if job.recompute == "full" else 1.0
     if job.tensor > 1:
         times *= 1.1
@@ -272,18 +297,18 @@ def _inside(work: Work, job: Job, cluster: Cluster, k: Constants) -> tuple[float
     t, c, bytes_ = job.tensor, job.context, bytes_of(job)
     if t > 1:  # two all-reduces each way, or as much in gathers; shared norms gather their inputs again
         count = 4 + 2 * (job.recompute == "full") + 0.5 * job.sequence
-        sent = 2 * (t - 1) / t * work.message * bytes_ / _rate(cluster, k, t, 1)
-        tensor = count * (sent + _latency(cluster, k, t, t))
+        sent = 2 * (t - 1) / t * work.message * bytes_ / link_rate(cluster, k, t, 1)
+        tensor = count * (sent + latency(cluster, k, t, t))
         if job.tensor_overlap:
             tensor *= 1 - k.hidden
     if c > 1:
         width = work.kv if job.context_by == "gather" else (2 * work.message / t + work.kv) / c
-        sent = (c - 1) * width * bytes_ / _rate(cluster, k, c, t)
-        context = (3 + (job.recompute == "full")) * (sent + _latency(cluster, k, c, c * t))
+        sent = (c - 1) * width * bytes_ / link_rate(cluster, k, c, t)
+        context = (3 + (job.recompute == "full")) * (sent + latency(cluster, k, c, c * t))
     return tensor, context
 
 
-def _rate(cluster: Cluster, k: Constants, ranks: int, stride: int) -> float:
+def link_rate(cluster: Cluster, k: Constants, ranks: int, stride: int) -> float:
     """Bytes a second and rank of a ring of `ranks` ranks, `stride` apart: the slowest link decides.
 
     All `stride` rings of a node share its network.
@@ -296,19 +321,31 @@ def _rate(cluster: Cluster, k: Constants, ranks: int, stride: int) -> float:
     return min(inside, cluster.network.gb_s * 1e9 * share / min(stride, cluster.per_node))
 
 
-def _latency(cluster: Cluster, k: Constants, ranks: int, span: int) -> float:
+def latency(cluster: Cluster, k: Constants, ranks: int, span: int) -> float:
     """Seconds of the smallest collective."""
     return k.latency * math.log2(ranks) + (k.hop * ranks if span > cluster.per_node else 0.0)
 
 
+def _added(job: Job, rates: Rates, layers: int) -> float:
+    """Seconds to add a microbatch's gradients up in fp32: read, and read and written."""
+    if job.microbatches == 1:
+        return 0.0
+    return (bytes_of(job) + 8) * _held(job, layers) / rates.bandwidth
+
+
+def _held(job: Job, layers: int) -> float:
+    """Parameters of a rank with so many layers."""
+    m = job.model
+    if m.kind != "transformer":
+        return float(parameters(m))
+    layer = layer_parameters(m, job.tensor)
+    ends = m.vocab_size * m.width / job.tensor * (1 if m.tied or job.pipeline > 1 else 2)
+    return layers * (layer.cut + layer.whole) + ends
+
+
 def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[float, float, float]:
     """(seconds of the update, of gradients and weights on their way, microbatches whose compute may hide these)."""
-    m, replicas, n = job.model, job.data * job.context, job.microbatches
-    held: float = parameters(m)
-    if m.kind == "transformer":
-        layer = layer_parameters(m, job.tensor)
-        ends = m.vocab_size * m.width / job.tensor * (1 if m.tied or job.pipeline > 1 else 2)
-        held = layers * (layer.cut + layer.whole) + ends
+    replicas, n, held = job.data * job.context, job.microbatches, _held(job, layers)
     zero = min(job.zero, 1) if job.pipeline > 1 and job.software == "bigtrain" else job.zero
     rate = cluster.gpu.bandwidth_gb_s * 1e9 * k.bandwidth / k.update
     update = 28 * (held / replicas if zero else held) / (HOST_BYTES if job.offload else rate)
@@ -321,8 +358,8 @@ def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[floa
         2: (g * n + w, 2 * layers * n, n),
         3: ((g + 2 * w) * n, 3 * (layers + 1) * n, n),
     }[zero]
-    ring = (replicas - 1) / replicas / _rate(cluster, k, replicas, job.tensor)
-    return update, sent * held * ring + calls * _latency(cluster, k, replicas, replicas * job.tensor), room
+    ring = (replicas - 1) / replicas / link_rate(cluster, k, replicas, job.tensor)
+    return update, sent * held * ring + calls * latency(cluster, k, replicas, replicas * job.tensor), room
 
 
 def _messages(work: Work, job: Job, cluster: Cluster, k: Constants) -> float:

@@ -16,6 +16,7 @@ from bigtrain.redact import redacted
 from bigtrain.reporting.charts import DARK, LIGHT, By, Chart
 from bigtrain.reporting.compare import at_the_same_place, differences, figures, layout, shown
 from bigtrain.reporting.events import Event, events_of
+from bigtrain.reporting.planned import planned
 from bigtrain.reporting.svg import colour, dash, figure
 from bigtrain.reporting.watched import Watched
 
@@ -29,7 +30,7 @@ def page(runs: Sequence[Watched], names: Sequence[str], charts: Sequence[Chart],
     title = names[0] if len(runs) == 1 else f"{len(runs)} runs: " + ", ".join(names)
     script = _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    sources = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    sources = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     policy = f"{sources}; base-uri 'none'; form-action 'none'"
     drawn = "".join(figure(chart, i) for i, chart in enumerate(charts))
     body = [
@@ -171,6 +172,7 @@ def _run_section(run: Watched, name: str, *, alone: bool) -> str:
         ("Events", _events(run), alone),
         ("Held-out evaluations", _evaluations(run), False),
         ("Layout", _pairs(layout(run)), alone),
+        ("Plan", planned(run), False),
         ("Provenance", _provenance(run), False),
         (
             "Configuration",
