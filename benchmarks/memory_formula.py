@@ -25,14 +25,14 @@ def predicted(case: dict[str, Any], rank: int) -> tuple[float, float]:
     first, last = stage == 0, stage == p - 1
     matrices = layers * (4 * h * h + 3 * h * f) + (first + last) * V * h
     P = matrices / t + (2 * layers + last) * h
-    static, extra, copies = states(P, layout["zero"], d * c)
+    static, extra, copies = states(P, (4 * h * h + 3 * h * f) / t, layout["zero"], d * c)
     return static, static + extra + max(activations(case, stage), copies)
 
 
-def states(P: float, zero: int, n: int) -> tuple[float, float, float]:
+def states(P: float, block: float, zero: int, n: int) -> tuple[float, float, float]:
     """Bytes that stay; gradients, buckets and gathered weights on top; copies while gradients travel.
 
-    The copies grow as activations go, so the larger of the two counts. n replicas. A bucket has 25 MB (zero 0:
+    Of P elements, of which a layer has `block`. The copies grow as activations go, so the larger of the two counts. n replicas. A bucket has 25 MB (zero 0:
     several in flight) or an eighth of the model (DeepSpeed, up to 400 MB). At zero 2 the copies are at most the
     weights: a gradient larger than the bucket travels alone, beside a flattened copy.
     """
@@ -44,9 +44,10 @@ def states(P: float, zero: int, n: int) -> tuple[float, float, float]:
     if zero == 2:
         return weights + 3 * weights / n, weights / n + weights / 8, weights
     # DeepSpeed keeps the partition of the gradients and the bucket from step to step. Gathered weights: a quarter of
-    # them, and an eighth that is read ahead beside the pieces it is put together from. A bucket is copied for its
-    # reduce-scatter, and one more fills meanwhile.
-    return 5 * weights / n + weights / 8, 3 * weights / 8, 3 * weights / 8
+    # them, two layers at least, and an eighth or a layer that is read ahead beside the pieces it is put together from.
+    # A bucket is copied for its reduce-scatter, and one more fills meanwhile.
+    gathered = max(weights / 4, 2 * block * E) + max(weights / 8, block * E)
+    return 5 * weights / n + weights / 8, gathered, 3 * weights / 8
 
 
 def activations(case: dict[str, Any], stage: int) -> float:

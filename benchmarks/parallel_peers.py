@@ -289,7 +289,11 @@ def tensor_peer(config: Config) -> Step:
             "mlp.down_proj": RowwiseParallel(output_layouts=outside),
         }
         if sequence:
-            plan |= {"input_layernorm": SequenceParallel(), "post_attention_layernorm": SequenceParallel()}
+            layer.post_attention_layernorm = Apart(layer.post_attention_layernorm)
+            plan |= {
+                "input_layernorm": SequenceParallel(),
+                "post_attention_layernorm.norm": SequenceParallel(),
+            }
             plan["self_attn"] = PrepareModuleInput(
                 input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
             )
@@ -319,6 +323,19 @@ def tensor_peer(config: Config) -> Step:
         return float(total) / counted, float(norm)
 
     return step
+
+
+class Apart(nn.Module):
+    """A norm that adds the residual before it, outside of what torch makes of the norm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + residual), x + residual)."""
+        x = residual + x
+        return self.norm(x), x
 
 
 class Stage(nn.Module):

@@ -29,6 +29,7 @@ from bigtrain.engine.scaler import LossScaler
 from bigtrain.logical import Logical, Piece, boxes_of_flat_range, logical_of
 from bigtrain.mesh import Axis, Mesh
 from bigtrain.model.batch import Batch
+from bigtrain.model.transformer import Block
 from bigtrain.optim import build_optimizer, materialise_state, moments_of, set_step
 from bigtrain.parallel.partial import SumAtLast, sum_parts
 from bigtrain.parallel.pipeline import Pipeline
@@ -56,9 +57,8 @@ class ZeroEngine:
         self.pipeline = model if isinstance(model, Pipeline) else None
         deepspeed = import_deepspeed(mesh)
         self._groups = deepspeed.utils.groups
-        told = deepspeed_config(
-            config, sum(p.numel() for p in model.parameters()), pipeline=self.pipeline is not None
-        )
+        block = max((elements_of(m) for m in model.modules() if isinstance(m, Block)), default=0)
+        told = deepspeed_config(config, elements_of(model), block, pipeline=self.pipeline is not None)
         if next(model.parameters()).is_meta:
             with quiet():
                 partition_as_built(deepspeed, told, model, config, mesh)
@@ -72,6 +72,10 @@ class ZeroEngine:
         for record, p in self.records:
             p.model_parallel = record.counted  # its mark of a parameter that this rank counts in the norm
         self.base = build_optimizer(((record.name, p) for record, p in self.records), config.optim)
+        if self.level == 3 and any(isinstance(module, Block) for module in model.modules()):
+            # The weights of a block come in one message instead of seven, and its hooks run once: with 4 layers of
+            # width 256 on two CPU ranks 8 % of the step (benchmarks/parallel.py).
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         with quiet():
             self.engine, self.sharder, _, _ = deepspeed.initialize(
                 model=model,
@@ -333,8 +337,13 @@ def sharding_level(config: Config, pipeline: bool) -> int:
     return min(config.layout.zero, 1) if pipeline else config.layout.zero
 
 
-def deepspeed_config(config: Config, elements: int, *, pipeline: bool) -> dict[str, Any]:
-    """What DeepSpeed is told: sharding and precision of a model of so many `elements`.
+def elements_of(module: nn.Module) -> int:
+    """Of all parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def deepspeed_config(config: Config, elements: int, block: int, *, pipeline: bool) -> dict[str, Any]:
+    """What DeepSpeed is told: sharding and precision of a model of so many `elements`, of which a layer has `block`.
 
     As far as it knows, a step has one microbatch: train_step says which one is the last.
     """
@@ -353,10 +362,11 @@ def deepspeed_config(config: Config, elements: int, *, pipeline: bool) -> dict[s
             # An eighth of a small model: one bucket for all would be a second set of gradients, and overlap nothing.
             "reduce_bucket_size": min(BUCKET_ELEMENTS, max(elements // 8, 1)),
             # Its defaults keep up to 1e9 gathered elements, all of a smaller model: ZeRO-3 would save nothing over
-            # ZeRO-2. Gathered again in backward, a quarter of the model at a time, the next ones meanwhile.
+            # ZeRO-2. Gathered again in backward, a quarter of the model at a time, the next ones meanwhile; and one
+            # layer while another is computed at least (two of 4 layers: 4 % of the step, benchmarks/parallel.py).
             "stage3_max_reuse_distance": 0,
-            "stage3_max_live_parameters": min(LIVE_ELEMENTS, elements // 4),
-            "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, elements // 8),
+            "stage3_max_live_parameters": min(LIVE_ELEMENTS, max(elements // 4, 2 * block)),
+            "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, max(elements // 8, block)),
             # Its default sums every bucket on all ranks, twice the bytes of sending each part to its owner.
             "use_multi_rank_bucket_allreduce": False,
         },

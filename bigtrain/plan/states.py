@@ -79,5 +79,5 @@ def state_of(job: Job, held: Held) -> State:
     if zero == 2:
         own = max(4 * P * share, 4 * held.table if b == 4 else 0.0)
         return State(b * P, own, optimizer, 0.0, b * bucket, 0.0, 0.0)
-    live = min(LIVE_ELEMENTS, max(P / 4, held.layer)) + min(PREFETCH_ELEMENTS, P / 8)
+    live = min(LIVE_ELEMENTS, max(P / 4, 2 * held.layer)) + min(PREFETCH_ELEMENTS, max(P / 8, held.layer))
     return State(b * P * share, 4 * P * share, optimizer, 4 * bucket, b * live, b * held.table, 0.0)
