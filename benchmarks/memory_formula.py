@@ -32,9 +32,9 @@ def predicted(case: dict[str, Any], rank: int) -> tuple[float, float]:
 def states(P: float, block: float, zero: int, n: int) -> tuple[float, float, float]:
     """Bytes that stay; gradients, buckets and gathered weights on top; copies while gradients travel.
 
-    Of P elements, of which a layer has `block`. The copies grow as activations go, so the larger of the two counts. n replicas. A bucket has 25 MB (zero 0:
-    several in flight) or an eighth of the model (DeepSpeed, up to 400 MB). At zero 2 the copies are at most the
-    weights: a gradient larger than the bucket travels alone, beside a flattened copy.
+    Of P elements, of which a layer has `block`, on n replicas. The copies grow as activations go, so the larger of the
+    two counts. A bucket has 25 MB (zero 0: several in flight) or an eighth of the model (DeepSpeed, up to 400 MB). At
+    zero 2 the copies are at most the weights: a gradient larger than the bucket travels alone, beside a flattened copy.
     """
     weights = P * E
     if zero == 0:
