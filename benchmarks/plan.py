@@ -177,8 +177,9 @@ def table(rows: Sequence[Row], constants: Callable[[Row], Constants]) -> dict[st
             if row.specified:
                 errors[row.source].append(times[0].total / row.seconds - 1)
         if row.memory_gib and row.specified:
-            stages = memory_of(row.jobs[0])
-            memory[row.source].append(max(s.total - s.unseen for s in stages) / 2**30 / row.memory_gib - 1)
+            stages = [s.total - s.unseen for s in memory_of(row.jobs[0])]
+            held = stages[-1] if row.last_stage else max(stages)
+            memory[row.source].append(held / 2**30 / row.memory_gib - 1)
     return {
         "step_time": {name: _summary(e) for name, e in sorted(errors.items())}
         | {"all": _summary(_all(errors))},

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.plan import START, fit, held_out, table
 from benchmarks.plan_rows import Row, read_rows
+from bigtrain.plan.memory import memory_of
 
 VTRAIN = {
     "id": "v-1", "n_gpus": 8, "global_batch": 32, "micro_batch": 4, "hidden": 1024, "heads": 16, "layers": 24,
@@ -21,6 +22,18 @@ PUBLISHED = {
     "pp": 8, "vpp": 8, "cp": 2, "dp": 8, "zero": 1, "sp": 1, "micro_batch": 1, "global_batch": 512,
     "recompute": "none", "precision": "fp8", "attn": "flash", "compile": 0, "iter_time_s": 13.0, "mem_gib": "",
     "notes": "", "group": "g",
+}  # fmt: skip
+
+
+CI = {
+    "case": "gpt/some", "platform": "dev_dgx_h100", "num_layers": 12, "hidden_size": 512, "num_attention_heads": 8,
+    "num_query_groups": "", "ffn_hidden_size": "", "seq_length": 1024, "max_position_embeddings": 1024,
+    "micro_batch_size": 4, "global_batch_size": 32, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 4,
+    "num_layers_per_virtual_pipeline_stage": "", "context_parallel_size": "", "use_distributed_optimizer": "",
+    "sequence_parallel": "", "recompute_granularity": "", "swiglu": "", "untie_embeddings_and_output_weights": "",
+    "disable_bias_linear": "", "position_embedding_type": "", "transformer_impl": "transformer_engine",
+    "attention_backend": "", "fp16": "", "vocab_size": "", "tokenizer_type": "GPT2BPETokenizer",
+    "cross_entropy_loss_fusion": "", "max_allocated_bytes": 2**31, "iter_time_s_median": "",
 }  # fmt: skip
 
 
@@ -63,6 +76,24 @@ def test_what_is_not_told_becomes_all_that_it_may_be(tmp_path: Path) -> None:
     assert {j.microbatch for j in row.jobs} == {1, 2, 4, 8, 16}
     assert len({j.chunks for j in row.jobs}) > 1
     assert all(j.tokens_per_step == 512 * 8192 for j in row.jobs)
+
+
+def test_a_row_of_megatrons_tests(tmp_path: Path) -> None:
+    (row,) = read(tmp_path, CI)
+    (job,) = row.jobs
+    assert row.last_stage, "whose rank writes the log"
+    assert (job.model.ffn, job.attention, row.memory_gib) == (2048, "flash", 2.0)
+    told = (
+        {"swiglu": "True"},
+        {"ffn_hidden_size": 1536},
+        {"cross_entropy_loss_fusion": "True"},
+        {"platform": "lts_dgx_a100"},
+    )
+    gated, given, fused, lts = (read(tmp_path, CI | more)[0] for more in told)
+    assert gated.jobs[0].model.ffn == 1344, "512 x 8 / 3 down to a multiple of 64"
+    assert given.jobs[0].model.ffn == 1536
+    assert memory_of(fused.jobs[0])[-1].logits > 1.5 * memory_of(job)[-1].logits
+    assert [j.attention for j in lts.jobs] == ["flash", "unfused"], "no column says which"
 
 
 def test_a_group_is_never_judged_with_what_was_fitted_to_it(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def _state(job: Job, held: Held) -> State:
 def _bytes_of_logit(job: Job) -> float:
     """16-bit and fp32 logits and their gradients, all of a microbatch at once; a compiler fuses some."""
     if "Megatron" in job.software:
-        return 7.0
+        return 11.0 if "fused loss" in job.software else 7.0  # the fused one keeps fp32 copies
     return 9.0 if job.compiled else 11.0
 
 
@@ -57,9 +57,7 @@ def _layer(job: Job) -> tuple[float, float]:
     if megatron and m.activation == "gelu":
         layer += 2 * outside * C  # masks of two dropouts
     if job.attention == "unfused" and job.recompute != "selective":
-        layer += (
-            4 * H / t * T * job.sequence_length
-        )  # softmax, and dropout's mask and result where there is any
+        layer += 5 * H / t * T * job.sequence_length  # softmax, dropout's mask (a byte) and its result
     if job.recompute == "selective" and not megatron:
         layer *= 0.5  # torchtitan keeps every other product
     return layer, b * outside * C if job.recompute == "full" else layer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -72,9 +73,14 @@ def filled_outside(*args: Any, **kwargs: Any) -> None:
 
 
 def waited_outside(work: dist.Work, *args: Any) -> Any:
-    """gloo makes a reduce-scatter of an all-reduce and a copy, the latter when it is waited for: no step's work."""
+    """gloo makes a reduce-scatter of an all-reduce and a copy, the latter when it is waited for: no step's work.
+
+    Its thread lets go of the tensors a moment after the wait is over.
+    """
     with _disable_current_modes():
-        return WAIT(work, *args)
+        done = WAIT(work, *args)
+    time.sleep(0.002)
+    return done
 
 
 FILL, WAIT = init.fill_box, dist.Work.wait
