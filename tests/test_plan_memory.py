@@ -259,6 +259,26 @@ def test_the_plan_is_what_the_real_code_holds_with_our_kernels(
         assert stage.total - stage.unseen == pytest.approx(run.peak, rel=0.05), run.by_kind
 
 
+@pytest.mark.parametrize(
+    "optim",
+    [{"kind": "sgd", "lr": 0.1}, {"kind": "sgd", "lr": 0.1, "momentum": 0.9}, {"kind": "muon"}],
+    ids=str,
+)
+def test_optimizers_hold_what_they_need(optim: dict[str, Any]) -> None:
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "model": {"vocab_size": 4096, "layers": 4, "width": 512, "heads": 8, "max_length": 1024},
+            "data": {"path": "nowhere", "sequence_length": 1024},
+            "train": {"steps": 10, "global_batch": 4, "microbatch": 2},
+            "optim": optim,
+        }
+    )
+    (run,), (planned,) = dry_run(config, 1).stages, memory_of(job_of(config, 1))
+    assert planned.optimizer == pytest.approx(run.by_kind["optimizer"], rel=0.01)
+    assert planned.total - planned.unseen == pytest.approx(run.peak, rel=0.05), run.by_kind
+
+
 def test_the_interval_holds_the_point() -> None:
     for stage in memory_of(replace(JOB, pipeline=2, data=4)):
         assert stage.low < stage.total < stage.high

@@ -37,6 +37,8 @@ class Job:
     context_by: str = "gather"
     data: int = 1
     zero: int = 1
+    optimizer: Literal["adamw", "sgd", "plain sgd", "muon"] = "adamw"
+    """plain sgd: without momentum."""
     offload: bool = False
     """Optimizer state in host memory."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -97,7 +99,7 @@ def job_of(config: Config, ranks: int) -> Job:
     """The job that a config makes of so many ranks, of its longest sequences. Raises UserError as `grid_of` does."""
     grid = grid_of(config, ranks)
     config = at_longest(config)
-    layout = config.layout
+    layout, optim = config.layout, config.optim
     return Job(
         model=config.model,
         sequence_length=config.data.sequence_length,
@@ -113,6 +115,7 @@ def job_of(config: Config, ranks: int) -> Job:
         context_by=layout.context_by,
         data=grid.data,
         zero=layout.zero if ranks > 1 else 0,
+        optimizer="plain sgd" if optim.kind == "sgd" and not optim.momentum else optim.kind,
         offload=layout.offload == "optimizer",
         recompute=layout.recompute,
         precision=config.train.precision,

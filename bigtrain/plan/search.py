@@ -168,6 +168,7 @@ def layouts(
                                 context_by=by,
                                 data=data,
                                 zero=zero,
+                                optimizer=base.optimizer,
                                 offload=rules.offload,
                                 recompute=again,
                                 precision=base.precision,

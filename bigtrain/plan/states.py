@@ -61,12 +61,27 @@ class Peak(NamedTuple):
     moment: Moment
 
 
+def moments_of(job: Job, held: Held) -> float:
+    """fp32 moments: two of AdamW, one of SGD's momentum, of Muon one of matrices and AdamW's of the rest."""
+    P = held.parameters
+    match job.optimizer:
+        case "muon":
+            blocks = held.layers * held.layer
+            return 4 * blocks + 8 * (P - blocks)
+        case "sgd":
+            return 4 * P
+        case "plain sgd":
+            return 0.0
+    return 8 * P
+
+
 def state_of(job: Job, held: Held) -> State:
     """By precision, ZeRO level and pipeline: bigtrain.engine's classes, and DeepSpeed as they set it up."""
     P, replicas, b = held.parameters, job.data * job.context, bytes_of(job)
     zero = min(job.zero, 1) if job.pipeline > 1 else job.zero
     share = 1 / replicas if zero else 1.0
-    optimizer = 0.0 if job.offload else (12.0 if b == 2 or zero else 8.0) * P * share
+    masters = 4 * P if b == 2 or zero else 0.0
+    optimizer = 0.0 if job.offload else (masters + moments_of(job, held)) * share
     bucket = min(BUCKET_ELEMENTS, P / 8)
     if zero == 0:
         sent = 4 * held.layer / 3 + REPLICA_BUCKET_BYTES if replicas > 1 else 0.0
