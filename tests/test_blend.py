@@ -125,6 +125,13 @@ def test_a_source_at_its_limit_gives_exactly_that_much_and_its_share_goes_to_the
         assert stages[-1].quotas == quotas(last)
 
 
+def test_a_source_that_may_give_nothing() -> None:
+    """It was 0 of 0, seen once among the examples above."""
+    assert within_limits([(0, [1, 0], [5, 0])], 7)[1] == 5
+    stages, end = within_limits([(0, [1, 1], [5, 0])], 7)
+    assert (end, [stage.quotas[1] for stage in stages]) == (5, [0])
+
+
 def test_limits_hold_over_stages_of_different_lengths() -> None:
     # Half an epoch (of 100) is read first; then sequences are twice as long, and an epoch has 50 of them.
     stages, end = within_limits([(0, [1, 1], [100, None]), (100, [1, 1], [50, None])], 1)

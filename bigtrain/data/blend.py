@@ -159,7 +159,7 @@ def within_limits(
                 return found, None
             counts = stage.counts(until - start, seed)
             used = [
-                share if limit is None else share + Fraction(int(n)) / Fraction(limit)
+                share + Fraction(int(n)) / Fraction(limit) if limit else share
                 for share, limit, n in zip(used, limits, counts, strict=True)
             ]
             start = until
