@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import math
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from bigtrain.console import duration, short
@@ -76,6 +78,7 @@ def _follow(run: Watched, console: Console, every: float) -> None:
 
     with (
         contextlib.suppress(KeyboardInterrupt),
+        _Interrupt() as interrupt,
         _keys() as wait,
         Live(console=console, screen=True, auto_refresh=False) as live,
     ):
@@ -85,10 +88,32 @@ def _follow(run: Watched, console: Console, every: float) -> None:
             lines += [_line("")] * (console.height - 1 - len(lines))
             lines.append(_line((time.strftime("%H:%M:%S  q leaves"), "dim")))
             live.update(Group(*lines), refresh=True)
-            if wait(every):
+            interrupt.now = True
+            if interrupt.asked or wait(every):
                 break
+            interrupt.now = False
     for line in screen(run, console.width, None, plain=_plain(console)):  # stays when the full screen is gone
         console.print(line, soft_wrap=True)
+
+
+class _Interrupt:
+    """Ctrl-C leaves between two screens, never in the middle of drawing one."""
+
+    def __init__(self) -> None:
+        self.asked = self.now = False
+
+    def __enter__(self) -> _Interrupt:
+        self._former = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._former)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self.now:
+            self.now = False  # once: what puts the terminal right is not to be interrupted either
+            raise KeyboardInterrupt
 
 
 class _Keys:
