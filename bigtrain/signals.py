@@ -50,6 +50,11 @@ class StopFlag:
             os._exit(128 + number)
         self.signal_name = signal.Signals(number).name
 
+    @property
+    def anywhere(self) -> bool:
+        """Whether this rank or, as far as it has heard, another one was asked."""
+        return bool(self) or self.elsewhere
+
     def __bool__(self) -> bool:
         return self.signal_name is not None
 

@@ -99,9 +99,8 @@ class Trainer:
             self.clock.has_data()
             self.clock.pulse.mark("training")
             mine = sum(b.counted() for b in microbatches) if self.mesh.leads else 0
-            asked = bool(self.stop) or self.stop.elsewhere
             counted, stop, overdue, unsaved, refused = self.mesh.sum(
-                [mine, asked, self._overdue(), self.observer.save_failed(), self.guard.refused]
+                [mine, self.stop.anywhere, self._overdue(), self.observer.save_failed(), self.guard.refused]
             )
             self._agreed(int(refused))
             if unsaved:
@@ -133,7 +132,7 @@ class Trainer:
         """
         if isinstance(steps, Prefetch):
             while not steps.ready(0.2):
-                if self.stop or self.stop.elsewhere:
+                if self.stop.anywhere:
                     return []
         return next(steps)
 

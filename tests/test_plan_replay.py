@@ -85,12 +85,8 @@ def test_a_product_is_charged_by_its_size() -> None:
     peak = CLUSTER.gpu.flops("bf16")
     assert 0.5 < large.flops / peak / charges.compute(large) < 0.85
     assert thin.flops / peak / charges.compute(thin) < 0.3
-    odd = replace_dims(large, (8192, 8192, 8191, 1))
+    odd = large._replace(dims=(8192, 8192, 8191, 1))
     assert charges.compute(odd) > 1.5 * charges.compute(large)
-
-
-def replace_dims(item: Compute, dims: tuple[int, ...]) -> Compute:
-    return item._replace(dims=dims)
 
 
 def test_a_pipeline_runs_its_schedule() -> None:

@@ -72,7 +72,7 @@ class ZeroEngine:
         for record, p in self.records:
             p.model_parallel = record.counted  # its mark of a parameter that this rank counts in the norm
         self.base = build_optimizer(((record.name, p) for record, p in self.records), config.optim)
-        if self.level == 3 and any(isinstance(module, Block) for module in model.modules()):
+        if self.level == 3 and block:
             # The weights of a block come in one message instead of seven, and its hooks run once: with 4 layers of
             # width 256 on two CPU ranks 8 % of the step (benchmarks/parallel.py).
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -363,7 +363,7 @@ def deepspeed_config(config: Config, elements: int, block: int, *, pipeline: boo
             "reduce_bucket_size": min(BUCKET_ELEMENTS, max(elements // 8, 1)),
             # Its defaults keep up to 1e9 gathered elements, all of a smaller model: ZeRO-3 would save nothing over
             # ZeRO-2. Gathered again in backward, a quarter of the model at a time, the next ones meanwhile; and one
-            # layer while another is computed at least (two of 4 layers: 4 % of the step, benchmarks/parallel.py).
+            # layer while another is computed at least (two of 4 layers: 2 % of the step, benchmarks/parallel.py).
             "stage3_max_reuse_distance": 0,
             "stage3_max_live_parameters": min(LIVE_ELEMENTS, max(elements // 4, 2 * block)),
             "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, max(elements // 8, block)),

@@ -171,9 +171,8 @@ class OpLog(TorchDispatchMode):
             self._exchange(packet, args)
         flops = again = 0
         dims: tuple[int, ...] = ()
-        formula = _FLOPS.get(packet) or flop_registry.get(
-            packet
-        )  # our kernels tell theirs when they are loaded
+        # Our kernels tell theirs when they are loaded.
+        formula = _FLOPS.get(packet) or flop_registry.get(packet)
         if formula is not None:
             if func.namespace == "bigtrain" and "attention" in str(packet):
                 args = self._by_rows(packet, args)
@@ -207,7 +206,7 @@ class OpLog(TorchDispatchMode):
         return [*args[:q], *shaped, *(None if i in _OFFSETS[q] else x for i, x in enumerate(rest))]
 
     def _exchange(self, packet: Any, args: Any) -> None:
-        """What one of our kernels sends while it runs, all but hidden behind it: it waits for the last."""
+        """What one of our kernels sends while it runs; each is waited for here, though only the last need be."""
         from bigtrain_kernels.workspace import gathers  # loads triton
 
         for size in gathers(packet, args):
