@@ -228,8 +228,8 @@ examples:
   torchrun --nproc-per-node 8 -m bigtrain train llama-8b --set layout.tensor=4 --set layout.pipeline=2
 
 RUN/ then holds config.toml, provenance.json, metrics.jsonl, checkpoints/, logs/, tensorboard/, outcome.json.
-Ctrl-C or TERM saves and stops; a second one leaves at once. At the start ranks wait for each other for 10 minutes
-(BIGTRAIN_MEET_MINUTES), then say which did not come.""",
+Ctrl-C or TERM saves and stops; a second one leaves at once (of several processes, when it comes 5 s later). At the
+start ranks wait for each other for 10 minutes (BIGTRAIN_MEET_MINUTES), then say which did not come.""",
     )
     _config_arguments(p)
     # Not --run: torchrun reads its script's options too and takes that for its own --run-path.

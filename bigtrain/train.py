@@ -38,7 +38,7 @@ from bigtrain.recorder import Recorder
 from bigtrain.rollcall import code_digest
 from bigtrain.run_data import check_limits, held_out_samples, samples_of
 from bigtrain.rundir import RunDir
-from bigtrain.signals import StopFlag
+from bigtrain.signals import PASSED_ON_SECONDS, StopFlag
 from bigtrain.sinks import check_sinks
 from bigtrain.stragglers import OwnTime, Stragglers
 from bigtrain.trainer import Trainer
@@ -213,7 +213,7 @@ def train(config: Config, run: str | Path, *, fresh: bool = False, began: float 
     startup = Startup(began)
     startup.done("imports")
     with contextlib.ExitStack() as stack:
-        stop = StopFlag()
+        stop = StopFlag(PASSED_ON_SECONDS if discover().launcher != "single" else 0.0)
         stack.callback(stop.close)
         dog = Watchdog()
         dog.share(stop)

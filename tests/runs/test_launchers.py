@@ -95,7 +95,10 @@ def test_each_signal_on_any_one_rank(tiny: Tiny, tmp_path: Path) -> None:
     for ask, rank, step in asked:
         ranks = start(command, tiny.environment(), log)
         until(f"step {step}", lambda step=step: step_of(run) >= step)  # type: ignore[misc]
-        os.kill(rank_pid(run, "RANK", rank), ask)
+        asked_rank = rank_pid(run, "RANK", rank)
+        os.kill(asked_rank, ask)
+        time.sleep(0.01)
+        os.kill(asked_rank, ask)  # as SLURM and torchrun both tell a rank
         ranks.wait(timeout=120)
         assert (state_of(run)["state"], state_of(run)["reason"]) == ("preempted", ask.name), log.read_text()
         assert state_of(run)["step"] == step_of(run) >= step
