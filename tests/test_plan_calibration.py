@@ -89,7 +89,8 @@ def test_at_the_end_of_a_run_on_known_gpus() -> None:
     assert beside_plan(CONFIG, "Potato 3000", 64, 8, records([15.0] * 20)) == ""
     assert beside_plan(CONFIG, "NVIDIA H100 80GB HBM3", 64, 8, records([15.0] * 3)) == ""
     lstm: Config = load(find_config("lstm"))
-    assert beside_plan(lstm, "NVIDIA H100 80GB HBM3", 1, 1, records([1.0] * 20)) == ""
+    of_lstm = records([1.0] * 20, size=16 * 128)
+    assert "1 s measured" in beside_plan(lstm, "NVIDIA H100 80GB HBM3", 1, 1, of_lstm)
 
 
 def test_runs_that_tell_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,6 +135,20 @@ def test_a_model_larger_than_the_cluster_says_how_many_gpus_it_takes(
     assert more[0] * 79 * 2**30 > 4 * parameters(config.model)
 
 
+def test_the_lesson_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its time has no measurement behind it and says so by its interval; rules for AdamW are not SGD's."""
+    assert main(["plan", "lstm", "--gpus", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parameters"] == 2_103_296
+    step = told["step_seconds"]
+    assert step["low"] * 3 < step["point"] < step["high"] / 3
+    assert told["fits"]
+    assert main(["plan", "lstm", "--budget", "3gpuh"]) == 0
+    text = capsys.readouterr().out
+    assert "lr = 3.0" in text
+    assert "published rules are AdamW's" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -145,7 +159,7 @@ def test_a_model_larger_than_the_cluster_says_how_many_gpus_it_takes(
         (["llama-8b", "--gpus", "8", "--tokens", "lots"], ["--tokens", "15T"]),
         (["llama-8b", "--gpus", "8", "--price", "free"], ["--price"]),
         (["llama-80b", "--gpus", "8"], ["did you mean"]),
-        (["lstm", "--gpus", "2"], ["transformers only"]),
+        (["lstm", "--gpus", "1", "--dry-run"], ["cuDNN", "without --dry-run"]),
         (["--budget", "5000"], ["no unit", "5000gpuh"]),
         (["--budget", "9000usd"], ["--price"]),
         (["--calibrate", "nowhere"], ["nowhere"]),

@@ -102,8 +102,6 @@ def compare(
     config: Config, cluster: Cluster, records: Iterable[Mapping[str, Any]], source: str = ""
 ) -> Comparison | None:
     """Plan a run that was, and compare; None when too little of it is recorded. `cluster` is what it ran on."""
-    if config.model.kind == "lstm":
-        return None
     job = job_of(config, cluster.gpus)
     found = measured(records, job.tokens_per_step)
     if found is None:

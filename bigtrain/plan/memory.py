@@ -197,14 +197,21 @@ def _groups(job: Job) -> int:
     return axes + (job.ranks > 1) + 2 * (job.pipeline > 1)
 
 
+LSTM_KEPT = 9
+"""Numbers that cuDNN and the dropout keep of a token and feature of an LSTM layer: the input in the order of time, the
+output, the mask, and six that cuDNN reserves (four gates, the cell, its tanh). The six are from the equations of the
+backward pass: cuDNN tells the size of its reserve on a GPU only."""
+
+
 def _lstm(job: Job) -> StageMemory:
-    """The lesson's model: four gates, the cell, the hidden state and the input of every token and layer."""
+    """The lesson's model; documents add the copy that joins their outputs."""
     m, T = job.model, tokens_of(job)
     P = float(parameters(m))
     held = Held(P, P / m.layers, float(m.vocab_size * m.width), m.layers, True, True)
     state, loss = state_of(job, held), loss_of(job)
     late = state.late if job.microbatches > 1 else 0.0
-    activations = 7 * T * m.width * m.layers * bytes_of(job)
+    kept = LSTM_KEPT + (job.attention == "masked")
+    activations = kept * T * m.width * m.layers * bytes_of(job)
     moments = [
         Moment(late, activations, loss.forward, state.head),
         Moment(late + loss.gradient, activations, loss.backward, state.head),

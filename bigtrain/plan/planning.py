@@ -43,8 +43,12 @@ def plan_command(args: argparse.Namespace) -> int:
     config, automatic = _load(args.config, args.overrides, args.layout)
     if args.gpus is None:
         raise UserError("on how many GPUs?", where="--gpus", do="give their number: --gpus 64 --gpu h100")
-    if config.model.kind == "lstm":
-        raise UserError("the planner knows transformers only", where="model.kind", do="plan another config")
+    if config.model.kind == "lstm" and args.dry_run:
+        raise UserError(
+            "cuDNN's LSTM runs on a GPU only, so its dry run would show another one's memory",
+            where="--dry-run",
+            do="plan it without --dry-run",
+        )
     cluster = cluster_of(args.gpu, args.gpus, args.network, extra)
     found = search(config, cluster) if automatic else None
     job = _chosen(config, cluster, found)

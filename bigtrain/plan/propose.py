@@ -254,6 +254,8 @@ def _drafted(asked: _Asked, model: ModelConfig, length: int, batch: int, tokens:
     if (given := asked.template) is not None:
         budget |= {"batch_ramp_from": None, "batch_ramp_steps": None, "microbatch": 1}
         changed = {"train": given.train.model_copy(update=budget), "layout": LayoutConfig()}
+        if given.optim.kind == "sgd":  # the published rules are AdamW's
+            del optim["lr"]
         changed |= {"optim": given.optim.model_copy(update=optim)}
         return given.model_copy(update=changed | {"checkpoint": given.checkpoint.model_copy(update=keep)})
     name = f"llama-{short(parameters(model)).lower()}"
@@ -295,14 +297,16 @@ def _text(asked: _Asked, best: _Try) -> str:
     count, tokens = parameters(config.model), config.train.tokens or 0
     judged = allocation(count, tokens)
     lr = learning_rate(non_embedding_parameters(config.model), tokens)
-    beyond = "; extrapolated beyond its fit" if lr.extrapolated else ""
+    rate = lr.source + ("; extrapolated beyond its fit" if lr.extrapolated else "")
+    if config.optim.kind == "sgd":
+        rate = "The rate as given: published rules are AdamW's, `bigtrain train CONFIG --lr-find` finds SGD's"
     size = "as given" if asked.template else "width / layers and grouped heads as in Llama 3"
     against = f"the best size for its compute is {short(judged.best_parameters)} (arXiv 2404.10102)"
     reasons = {
         "model": f"{count:,} parameters, {size};\n# {against}.",
         "data": "A folder written by `bigtrain prepare`; its tokenizer needs no more pieces than vocab_size.",
         "train": f"{tokens / count:.3g} tokens a parameter; the batch is the Step Law's (arXiv 2503.04715), rounded.",
-        "optim": f"{lr.source}{beyond}.",
+        "optim": f"{rate}.",
         "layout": f"Fastest found for {cluster.gpus} x {cluster.gpu.name}: {best.layout.time.total:.3g} s a step, "
         f"MFU {best.layout.time.mfu:.0%}.",
         "checkpoint": "Young's interval for this many GPUs, ten minutes at least.",

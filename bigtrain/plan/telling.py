@@ -167,7 +167,8 @@ def _rule_lines(e: Estimate) -> Iterator[str]:
         yield _line("", f"as good as these (Chinchilla refitted, arXiv 2404.10102){note}")
     given = f"{e.config.optim.lr:.3g} in the config; " if e.config.optim.lr is not None else ""
     rates = [f"{r.value:.2g} {_source(r.source, r.extrapolated)}" for r in learning_rates(e.inner, e.tokens)]
-    yield _line("learning rate", given + ", ".join(rates))
+    others = " (AdamW's)" if e.config.optim.kind == "sgd" else ""
+    yield _line("learning rate", given + ", ".join(rates) + others)
     batches = [
         f"{short(b.value)} {_source(b.source, b.extrapolated)}" for b in batch_sizes(e.inner, e.tokens)
     ]
