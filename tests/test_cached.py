@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from bigtrain.data import cached
 from bigtrain.data.corpus import Corpus
+from bigtrain.data.files import write_whole
 from bigtrain.data.find import documents_at
 from bigtrain.data.loader import Loader
 from bigtrain.data.packing import pack_corpus
@@ -123,6 +126,22 @@ def test_processes_of_a_machine_share_the_copies(there: str, tmp_path: Path) -> 
     sums = {process.communicate(timeout=60)[0] for process in processes}
     own = Corpus.open(tmp_path / "made")
     assert sums == {f"{np.sum(own.read(0, own.num_tokens))}\n".encode()}
+
+
+def test_one_of_many_writes_the_manifest(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once would take the half-written file from each other."""
+    written = []
+
+    def slow(path: Path, data: bytes) -> None:
+        written.append(path)
+        time.sleep(0.2)
+        write_whole(path, data)
+
+    monkeypatch.setattr(cached, "write_whole", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: Corpus.open(there, cache=tmp_path / "cache").num_tokens, range(4)))
+    assert len(written) == 1
+    assert len(set(found)) == 1
 
 
 def test_urls_that_lead_nowhere(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

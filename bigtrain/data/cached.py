@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bigtrain.data.files import commit, disk_errors, temporary, write_whole
@@ -63,8 +64,7 @@ class Copies:
         self._shards: dict[str, ShardInfo] = {}
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / files[0]).exists():
-            write_whole(self.folder / files[0], first)
+        self._once(self.folder / files[0], lambda file: write_whole(file, first))
         for file in files[1:]:
             self.local(self.folder / file)
 
@@ -74,14 +74,18 @@ class Copies:
 
     def local(self, file: Path) -> Path:
         """A file of the folder, copied if it is not there. RunError if that fails, or it is not what was written."""
+        self._once(file, self._copy)
+        return file
+
+    def _once(self, file: Path, make: Callable[[Path], None]) -> None:
+        """Make a file unless it is there; of all processes of the machine one makes it, and the others wait."""
         if file.exists():
-            return file
+            return
         lock = file.with_name(f".{file.name}.lock")
         with disk_errors(lock), open(lock, "w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)  # freed by the system if this process dies
             if not file.exists():
-                self._copy(file)
-        return file
+                make(file)
 
     def _copy(self, file: Path) -> None:
         for attempt in range(_TRIES):
