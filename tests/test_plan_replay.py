@@ -69,6 +69,24 @@ def test_what_is_waited_for_at_once_is_exposed_and_what_is_not_hides() -> None:
     )
 
 
+def test_zero_3_reduces_on_a_stream_of_its_own() -> None:
+    """A CPU waits for it at once, and so says the log; a GPU for the third but one, and before the update."""
+    job = replace(JOB, zero=3)
+    sent = Sent("data", "reduce-scatter", 3e8, 2e8, 8, 1, True)
+    one = Charges(job, CLUSTER, PLAIN).sent(sent)
+
+    def exposed(*items: Item, job: Job = job) -> float:
+        return replay(run_of(stage(*items)), job, CLUSTER, PLAIN).parts.get("data", 0.0)
+
+    both = (sent, Wait(1))
+    assert exposed(*both, WORK) == pytest.approx(0.0)
+    assert exposed(*both, WORK, job=replace(job, zero=2)) == pytest.approx(one)
+    assert exposed(WORK, *both) == pytest.approx(one), "nothing comes after it"
+    assert exposed(*both, *both, *both) == pytest.approx(3 * one)
+    assert exposed(*both, *both, *both, WORK, WORK) == pytest.approx(one), "two at the most are under way"
+    assert exposed(*both, Compute("_fused_adamw_", 0, 10**9), WORK) == pytest.approx(one)
+
+
 def test_communication_beside_compute_slows_it() -> None:
     charges = Charges(JOB, CLUSTER, CONSTANTS)
     sent = charges.sent(ROUND)
@@ -144,18 +162,20 @@ def test_a_few_microbatches_tell_the_time_of_all() -> None:
         {"zero": 3},
         {"zero": 1, "tensor": 2},
         {"zero": 1, "context": 2, "context_by": "ulysses"},
+        {"zero": 2},
+        {"zero": 1, "context": 4},
+        {"zero": 3, "context": 4},
         {"zero": 1, "pipeline": 2},
         {"zero": 1, "pipeline": 2, "schedule": "zbv", "chunks": 2},
     ],
     ids=str,
 )
 def test_the_formulas_come_to_the_same(layout: dict[str, Any]) -> None:
-    """The formulas leave out copies: those of gathered weights and exchanged heads, which four layers show most."""
+    """They were 0.2 to 4.2 % apart; what is left are messages that queue."""
     job = job_of(config(layout), 8)
     again, planned = replay(executed(tuple(layout.items())), job, CLUSTER), time_of(job, CLUSTER)
-    assert (
-        0.9 < again.total / planned.total < (1.3 if {"context", 3} & {*layout, layout["zero"]} else 1.15)
-    ), again
+    assert planned.total == pytest.approx(again.total, rel=0.05), again
+    assert planned.compute == pytest.approx(again.parts["compute"], rel=0.05)
     for name in {"tensor", "context"} & layout.keys():
         assert again.parts[name] == pytest.approx(getattr(planned, name), rel=0.35)
 

@@ -83,21 +83,40 @@ def _attention(job: Job, H: float, K: float) -> tuple[float, float, float]:
     D, S, B = m.dim_per_head, job.sequence_length, job.microbatch
     plain = T * (2 * H + 2 * K) * D  # queries, keys, values and the output
     gather = c > 1 and job.context_by == "gather"
-    causal = m.objective == "causal"
-    masked = job.masked
-    copied = K > 1 and m.num_heads != m.num_kv_heads
-    copied &= masked or (gather and causal and not job.fused_attention)
+    causal, masked = m.objective == "causal", job.masked
+    copied = _copied(job)
     squares = B * S * S if masked else 0.0
-    if (
-        gather
-    ):  # both halves of this rank's queries see the keys before them; all outputs are joined in a copy
-        seen = B * S * ((2 * c + 1) / (2 * c) if causal else 1.0)
-        values = 2 * seen * H * D if copied else 2 * B * S * K * D
+    if gather:  # all outputs are joined in a copy
+        values = repeated(job) if copied else 2 * B * S * K * D
         return 3 * T * H * D + values, plain, squares * ((2 * c + 1) / (4 * c * c) if causal else 1 / c)
     if c > 1:  # Ulysses: all three exchanged in one tensor, the output exchanged back
         packed = T * (H + 2 * max(K, c)) * D
         return packed + 2 * T * H * D + (2 * T * H * D if copied and c < K else 0.0), plain, squares
     return 2 * T * H * D + 2 * T * (H if copied else K) * D, plain, squares
+
+
+def _copied(job: Job) -> bool:
+    """Whether attention gets the keys and values of grouped heads once for every head."""
+    m = job.model
+    gather = job.context > 1 and job.context_by == "gather"
+    alone = gather and m.objective == "causal" and not job.fused_attention
+    return (
+        m.num_kv_heads / min(job.tensor, m.num_kv_heads) > 1
+        and m.num_heads != m.num_kv_heads
+        and (job.masked or alone)
+    )
+
+
+def repeated(job: Job) -> float:
+    """Elements of gathered keys and values that are copied for every head of a rank, in one layer; else 0.
+
+    Both halves of a rank's queries see the keys before them.
+    """
+    m, c = job.model, job.context
+    if c == 1 or job.context_by != "gather" or not _copied(job):
+        return 0.0
+    seen = job.microbatch * job.sequence_length * ((2 * c + 1) / (2 * c) if m.objective == "causal" else 1.0)
+    return 2 * seen * m.num_heads / job.tensor * m.dim_per_head
 
 
 class Loss(NamedTuple):

@@ -44,8 +44,8 @@ def checks(e: Estimate, dry: DryRun) -> list[Check]:
 def disagreements(found: Sequence[Check], replayed: Replayed, planned: StepTime) -> list[str]:
     """The stages whose planned memory is wrong, and a time beyond the plan's own interval, each in a sentence.
 
-    Empty when plan and code agree. The time's bound is wider than the memory's: formulas know of no masks' traffic, and
-    of no unequal stages.
+    Empty when plan and code agree. The time's bound is wider than the memory's: formulas know of no messages that queue
+    (docs/decisions/0017).
     """
     wrong = [
         f"stage {c.stage}: {gibibytes(c.planned)} planned, {gibibytes(c.executed.peak)} executed ({c.off:+.1%})"

@@ -50,6 +50,8 @@ class Clock:
     ends: list[tuple[str, float]] = field(default_factory=list)
     """Axis and end of every collective or message, in the order of their starts."""
     spent: Parts = field(default_factory=lambda: Parts(float))
+    beside: list[tuple[str, float]] = field(default_factory=list)
+    """Axes and ends of what DeepSpeed sends on a stream of its own."""
 
     def spend(self, part: str, seconds: float) -> None:
         """The rank is busy, or waits, for so long."""
@@ -96,6 +98,10 @@ class Charges:
             count * self._product(one, item.dims)
             + passes * rows * columns * bytes_of(self.job) / self.rates.bandwidth
         )
+
+    def beside(self, item: Sent) -> bool:
+        """Whether DeepSpeed sends it on a stream of its own on a GPU: on a CPU, as here, its ZeRO 3 waits at once."""
+        return self.job.zero == 3 and item.op == "reduce-scatter" and item.axis in ("data", "replica")
 
     def sent(self, item: Sent) -> float:
         """Seconds of a collective or message on an idle network."""
@@ -154,6 +160,7 @@ def _read(stage: StageRun, step: Step, charges: Charges) -> Clock:
     clock = Clock()
     for item in _items(stage, step):
         _advance(clock, item, charges)
+    _wait_for_sides(clock, 0)
     return clock
 
 
@@ -165,19 +172,41 @@ def _advance(clock: Clock, item: Item, charges: Charges, *, messages: bool = Tru
     """One item; `messages` False: sends and receives take no time here, for the schedule knows when they come."""
     if isinstance(item, Compute):
         update = item.op.startswith(("_fused_adam", "_foreach", "_fused_sgd"))
+        if update:
+            _wait_for_sides(clock, 0)
         clock.spend("optimizer" if update else "compute", charges.compute(item))
     elif isinstance(item, Sent):
-        took = charges.sent(item) if messages or item.op not in ("send", "recv") else 0.0
-        start = max(clock.now, clock.free[item.axis])
-        clock.free[item.axis] = start + took
-        clock.ends.append((item.axis, start + took))
-        if not item.waits and took:  # what runs beside it is slowed: constants.hidden
-            clock.spend(item.axis, (1 - charges.k.hidden) * took)
-            clock.free[item.axis] -= min(took, (1 - charges.k.hidden) * took)
+        timed = messages or item.op not in ("send", "recv")
+        _send(clock, item, charges, charges.sent(item) if timed else 0.0)
     elif isinstance(item, Wait):
-        axis, end = clock.ends[-item.back]
-        if end > clock.now:
-            clock.spend(axis, end - clock.now)
+        _wait(clock, *clock.ends[-item.back])
+
+
+def _send(clock: Clock, item: Sent, charges: Charges, took: float) -> None:
+    beside = charges.beside(item)
+    start = max(clock.now, clock.free[item.axis])
+    end = clock.free[item.axis] = start + took
+    clock.ends.append((item.axis, 0.0 if beside else end))  # 0: the wait that follows does not wait
+    if took and (beside or not item.waits):  # what runs beside it is slowed: constants.hidden
+        clock.spend(item.axis, (1 - charges.k.hidden) * took)
+        clock.free[item.axis] -= min(took, (1 - charges.k.hidden) * took)
+    if beside:
+        clock.beside.append((item.axis, end))
+        _wait_for_sides(clock, _SIDES)
+
+
+_SIDES = 2
+"""DeepSpeed's max_param_reduce_events: reductions under way before it waits for the oldest."""
+
+
+def _wait(clock: Clock, axis: str, end: float) -> None:
+    if end > clock.now:
+        clock.spend(axis, end - clock.now)
+
+
+def _wait_for_sides(clock: Clock, most: int) -> None:
+    while len(clock.beside) > most:
+        _wait(clock, *clock.beside.pop(0))
 
 
 _SHARES = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from bigtrain.config import ModelConfig
 from bigtrain.parallel.schedule import bubble_formula
-from bigtrain.plan.activations import bytes_of
+from bigtrain.plan.activations import bytes_of, repeated
 from bigtrain.plan.constants import CONSTANTS, Constants
 from bigtrain.plan.flops import flops_per_token, parameters, visible_keys
 from bigtrain.plan.hardware import Cluster
@@ -98,10 +98,10 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     if p > 1:  # a rank waits for what the others do before and after it
         bubble = bubble_formula(job.schedule, p, job.chunks, n) * n * (sum(times) - most) / (p - 1)
     update, traffic, room = _update(job, cluster, layers, k)
-    hidden = k.hidden * min(traffic, room * most) if job.overlap else 0.0
+    hidden = _hidden(job, layers, traffic, room * most, k)
     slower = 1 + k.straggle * math.log2(cluster.nodes)
     parts = {
-        "compute": n * (most - layers * (tensor + context) + added) * slower,
+        "compute": (n * (most - layers * (tensor + context)) + added) * slower,
         "tensor": n * layers * tensor * slower,
         "context": n * layers * context * slower,
         "data": traffic - hidden,
@@ -127,7 +127,12 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
 def _work(job: Job) -> Work:
     T, S = job.microbatch * job.sequence_length / job.context, job.sequence_length
     apart = job.software == "bigtrain"
-    return work_of(job.model, T, S, job.tensor, job.sequence, job.attention, _computed_keys(job), apart)
+    return work_of(
+        *(job.model, T, S, job.tensor, job.sequence, job.attention),
+        seen=_computed_keys(job),
+        apart=apart,
+        fused=job.kernels,
+    )
 
 
 def _computed_keys(job: Job) -> float:
@@ -153,7 +158,7 @@ class Work(NamedTuple):
     residual: float
     """The residual stream."""
     inner: float
-    """What feed-forward and attention read or write element by element, forward."""
+    """What feed-forward and attention read or write element by element: a third of forward and backward."""
     casts: float
     """What products take in, which a precision of 8 bits casts first."""
     head: tuple[float, float]
@@ -179,10 +184,11 @@ def work_of(
     attention: str,
     seen: float = 0.0,
     apart: bool = False,
+    fused: bool = False,
 ) -> Work:
     """T tokens of sequences of S, on one of t tensor ranks. seen: keys of a query that fused attention computes, where
     that is not what the model lets it see. apart: every matrix is a product of its own, as in bigtrain; others join
-    those that share their input."""
+    those that share their input. fused: element-wise work runs in bigtrain's kernels."""
     C, V = m.width, m.vocab_size
     head, odd = (2 * T * C * V / t, min(T, C, V / t)), V % t == 0 and V // t % 8 != 0
     if m.kind == "lstm":
@@ -200,13 +206,16 @@ def work_of(
     if apart:
         shapes = ((C, H * D / t), (C, kv / 2), (C, kv / 2), (H * D / t, C), *((C, F / t),) * up, (F / t, C))
     flash = attention != "unfused"
+    inner = T * ((3 * up + 1) * F / t + 2 * (H * D / t + kv))
+    if fused:  # SwiGLU reads and writes 3 forward and 5 backward, GELU 2 and 3; rotation q and k, both ways
+        inner = T * ((8 if up == 2 else 5) * F / t + 4 * (H * D / t + kv / 2)) / 3
     return Work(
         products=tuple((2 * T * a * b, min(T, a, b)) for a, b in shapes),
         scores=4 * T * (seen or visible_keys(m, S) / S) * H * D / t if flash else 0.0,
         squares=0.0 if flash else T * S * H / t,
         square_flops=0.0 if flash else 4 * T * S * H * D / t,
         residual=T * C / (t if sequence else 1),
-        inner=T * ((3 * up + 1) * F / t + 2 * (H * D / t + kv)),
+        inner=inner,
         casts=T * sum(a + b for a, b in shapes),
         head=head,
         logits=T * V / t,
@@ -258,6 +267,8 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     for one in work.products:
         products += _product(one, rates.products, k)
     traffic = (k.passes * work.residual + 3 * work.inner) * bytes_ / rates.bandwidth
+    if job.software == "bigtrain":  # keys for every head: read and written; of their gradients the sums
+        traffic += 5 * repeated(job) * bytes_ / rates.bandwidth
     if job.precision == "fp8":  # read as 16 bits, written as 8, as it is and transposed
         traffic += 4 * work.casts / rates.bandwidth
     if job.compiled:
@@ -274,10 +285,13 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     again = 0.0
     if job.recompute == "full":
         again = forward
+        if job.software == "bigtrain" and job.zero != 3:
+            # torch's checkpoint stops before the last product, which nothing backward needs; not under ZeRO 3's hooks
+            again -= _product(work.products[-1], rates.products, k) / 3
     elif job.recompute == "selective":
-        again = (
-            (products / 2 + traffic) / 3 if job.software == "torchtitan" else scores
-        )  # it: every other product
+        again = scores
+        if job.software == "torchtitan":  # every other product
+            again = (products / 2 + traffic) / 3
     return products + traffic + scores + backward + again, again / forward
 
 
@@ -299,14 +313,22 @@ def _inside(work: Work, job: Job, cluster: Cluster, k: Constants) -> tuple[float
     """Seconds a layer and microbatch of tensor and context communication, forward and backward."""
     tensor = context = 0.0
     t, c, bytes_ = job.tensor, job.context, bytes_of(job)
-    if t > 1:  # two all-reduces each way, or as much in gathers; shared norms gather their inputs again
+    if (
+        t > 1
+    ):  # two all-reduces each way, or as much in gathers; Megatron's shared norms gather their inputs again
+        ours = job.software == "bigtrain"
         count = 4 + 2 * (job.recompute == "full") + 0.5 * job.sequence
+        if ours:  # a checkpoint stops before the last one
+            count = 4 + 1.5 * (job.recompute == "full")
         sent = 2 * (t - 1) / t * work.message * bytes_ / link_rate(cluster, k, t, 1)
-        tensor = count * (sent + latency(cluster, k, t, t))
+        tensor = count * (sent + (1 + (ours and job.sequence)) * latency(cluster, k, t, t))
         if job.tensor_overlap:
             tensor *= 1 - k.hidden
     if c > 1:
-        width = work.kv if job.context_by == "gather" else (2 * work.message / t + work.kv) / c
+        copies = max(
+            1.0, c * t / max(job.model.num_kv_heads, t)
+        )  # Ulysses: of keys, where ranks outnumber their heads
+        width = work.kv if job.context_by == "gather" else (2 * work.message / t + copies * work.kv) / c
         sent = (c - 1) * width * bytes_ / link_rate(cluster, k, c, t)
         context = (3 + (job.recompute == "full")) * (sent + latency(cluster, k, c, c * t))
     return tensor, context
@@ -330,11 +352,24 @@ def latency(cluster: Cluster, k: Constants, ranks: int, span: int) -> float:
     return k.latency * math.log2(ranks) + (k.hop * ranks if span > cluster.per_node else 0.0)
 
 
+GRADIENT_BYTES = {0: (10, 22), 1: (26, 33), 2: (20, 5), 3: (30, 0)}
+"""By ZeRO level, in 16 bits: bytes a parameter that an engine reads and writes of gradients in every microbatch, and
+once a step: conversion, adding up in fp32, buckets, norm, clipping; level 3 also copies the weights that it gathers.
+Counted in the logs of dry runs, which tests/test_plan_replay.py compares with."""
+
+
 def _added(job: Job, rates: Rates, layers: int) -> float:
-    """Seconds to add a microbatch's gradients up in fp32: read, and read and written."""
-    if job.microbatches == 1:
-        return 0.0
-    return (bytes_of(job) + 8) * _held(job, layers) / rates.bandwidth
+    """Seconds of a step for what becomes of gradients between the backward pass and the update."""
+    if job.data * job.context == 1:  # added up in fp32: read, and read and written
+        each, once = bytes_of(job) + 8, -bytes_of(job) - 8
+    else:
+        each, once = GRADIENT_BYTES[_level(job)]
+    return (job.microbatches * each + once) * _held(job, layers) / rates.bandwidth
+
+
+def _level(job: Job) -> int:
+    """The ZeRO level that runs: with pipelines bigtrain shards no more than the optimizer's state."""
+    return min(job.zero, 1) if job.pipeline > 1 and job.software == "bigtrain" else job.zero
 
 
 def _held(job: Job, layers: int) -> float:
@@ -343,27 +378,47 @@ def _held(job: Job, layers: int) -> float:
     if m.kind != "transformer":
         return float(parameters(m))
     layer = layer_parameters(m, job.tensor)
-    ends = m.vocab_size * m.width / job.tensor * (1 if m.tied or job.pipeline > 1 else 2)
-    return layers * (layer.cut + layer.whole) + ends
+    return layers * (layer.cut + layer.whole) + _tables(job)
+
+
+def _tables(job: Job) -> float:
+    """Parameters of a rank's embedding and head."""
+    m = job.model
+    return m.vocab_size * m.width / job.tensor * (1 if m.tied or job.pipeline > 1 else 2)
 
 
 def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[float, float, float]:
     """(seconds of the update, of gradients and weights on their way, microbatches whose compute may hide these)."""
     replicas, n, held = job.data * job.context, job.microbatches, _held(job, layers)
-    zero = min(job.zero, 1) if job.pipeline > 1 and job.software == "bigtrain" else job.zero
+    zero, ours = _level(job), job.software == "bigtrain"
     rate = cluster.gpu.bandwidth_gb_s * 1e9 * k.bandwidth / k.update
     update = 28 * (held / replicas if zero else held) / (HOST_BYTES if job.offload else rate)
     if replicas == 1:
         return update, 0.0, 0.0
     g, w = job.gradient_bytes, bytes_of(job)
+    # DeepSpeed's bf16 optimizer sums gradients on all ranks at level 1. At level 2 it sends each owner its part of a
+    # bucket (an eighth of a small model), and the norms, a group of their own, one by one.
+    owned = (g * n * replicas / (replicas - 1) + w, (replicas + 2 * layers + 8) * n, n)
     sent, calls, room = {
         0: (2 * g, 2 * layers, 2 / 3),
-        1: (g + w, 2 * layers, 1.0),
-        2: (g * n + w, 2 * layers * n, n),
+        1: ((2 * g if ours and job.precision in ("bf16", "fp8") else g) + w, 2 * layers, 1.0),
+        2: owned if ours else (g * n + w, 2 * layers * n, n),
         3: ((g + 2 * w) * n, 3 * (layers + 1) * n, n),
     }[zero]
     ring = (replicas - 1) / replicas / link_rate(cluster, k, replicas, job.tensor)
     return update, sent * held * ring + calls * latency(cluster, k, replicas, replicas * job.tensor), room
+
+
+def _hidden(job: Job, layers: int, traffic: float, room: float, k: Constants) -> float:
+    """Seconds of gradients and weights on their way that computing hides, which takes `room`."""
+    if not job.overlap:
+        return 0.0
+    if job.software == "bigtrain":
+        if _level(job) in (1, 2):  # DeepSpeed's overlap_comm is on at level 3 only
+            return 0.0
+        if _level(job) == 3:  # nothing is computed while the tables are gathered
+            traffic *= 1 - _tables(job) / _held(job, layers)
+    return k.hidden * min(traffic, room)
 
 
 def _messages(work: Work, job: Job, cluster: Cluster, k: Constants) -> float:
