@@ -313,9 +313,8 @@ def _inside(work: Work, job: Job, cluster: Cluster, k: Constants) -> tuple[float
     """Seconds a layer and microbatch of tensor and context communication, forward and backward."""
     tensor = context = 0.0
     t, c, bytes_ = job.tensor, job.context, bytes_of(job)
-    if (
-        t > 1
-    ):  # two all-reduces each way, or as much in gathers; Megatron's shared norms gather their inputs again
+    if t > 1:
+        # Two all-reduces each way, or as much in gathers; Megatron's shared norms gather their inputs again.
         ours = job.software == "bigtrain"
         count = 4 + 2 * (job.recompute == "full") + 0.5 * job.sequence
         if ours:  # a checkpoint stops before the last one
@@ -325,9 +324,8 @@ def _inside(work: Work, job: Job, cluster: Cluster, k: Constants) -> tuple[float
         if job.tensor_overlap:
             tensor *= 1 - k.hidden
     if c > 1:
-        copies = max(
-            1.0, c * t / max(job.model.num_kv_heads, t)
-        )  # Ulysses: of keys, where ranks outnumber their heads
+        # Ulysses copies keys where ranks outnumber their heads.
+        copies = max(1.0, c * t / max(job.model.num_kv_heads, t))
         width = work.kv if job.context_by == "gather" else (2 * work.message / t + copies * work.kv) / c
         sent = (c - 1) * width * bytes_ / link_rate(cluster, k, c, t)
         context = (3 + (job.recompute == "full")) * (sent + latency(cluster, k, c, c * t))
