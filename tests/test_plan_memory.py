@@ -17,7 +17,7 @@ from bigtrain.model.kernels import attention_in_triton
 from bigtrain.parallel import vocabulary
 from bigtrain.parallel.schedule import Timeline, orders
 from bigtrain.plan import activations, states
-from bigtrain.plan.activations import in_flight, kept_of
+from bigtrain.plan.activations import held_at_once, in_flight, kept_of
 from bigtrain.plan.dryrun import dry_run
 from bigtrain.plan.flops import parameters
 from bigtrain.plan.job import Job, job_of
@@ -146,6 +146,25 @@ def test_chunks_in_flight_are_those_of_the_schedule(schedule: str, chunks: int, 
         assert [whole + half for whole, half in ours] == actions.in_flight("BW"), microbatches
         if schedule != "zbv":  # whose halves follow each other
             assert [whole for whole, _ in ours] == actions.in_flight("BI"), microbatches
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("interleaved-zb", 2), ("interleaved-zb", 3), ("zbv", 2)])
+@pytest.mark.parametrize("pipeline", [2, 4, 8])
+def test_what_zero_bubbles_hold_at_once_is_that_of_the_whole_schedule(
+    schedule: str, chunks: int, pipeline: int
+) -> None:
+    """Counted in a few rounds; halves that wait for their second part can weigh more than wholes, or less."""
+    for n in (*range(pipeline, 4 * pipeline + 2), 64):
+        job = replace(JOB, pipeline=pipeline, schedule=schedule, chunks=chunks, global_batch=2 * n)
+        for stage, actions in enumerate(orders(schedule, pipeline, chunks, n)):
+            whole = half = 0
+            most = dict.fromkeys((0.1, 1, 8), 0.0)
+            for action in actions:
+                whole += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
+                half += {"I": 1, "W": -1}.get(action.kind, 0)
+                most = {weight: max(m, whole + weight * half) for weight, m in most.items()}
+            for weight, m in most.items():
+                assert max(w + weight * h for w, h in held_at_once(job, stage)) == m, (n, stage, weight)
 
 
 def test_recompute_and_sharing_lower_what_is_kept() -> None:

@@ -7,8 +7,11 @@ T is the tokens of a microbatch that one rank computes, t the tensor ranks. The 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from bigtrain.parallel.schedule import orders
 from bigtrain.plan.job import Job
 
 CHUNK_LOGITS, CHUNK_TOKENS = 1 << 26, 128
@@ -66,11 +69,13 @@ def kept_of(job: Job) -> Kept:
         waiting = b * shared * C
     elif job.recompute == "selective":
         waiting = layer - b * (core + mask - plain) - T * H * 4
+    # What the products took in, and the gradients of what they gave.
+    half = b * (2 * entered + T * (2 * H + 2 * K) * D + (up + 1) * T * F)
     again = mask if job.recompute != "none" else 0.0  # one byte for each of the mask's elements
     return Kept(
         layer=layer,
         waiting=waiting,
-        halved=min(waiting, b * (entered + residual + T * (2 * H + 2 * K) * D + (up + 1) * T * F)),
+        halved=half,
         passing=b * (passed * T * F + T * C * (2 if t > 1 and job.sequence else 1)),
         around=again + (4 * T * D if m.position == "rope" else 0.0),
         message=b * shared * C,
@@ -155,6 +160,37 @@ def loss_of(job: Job) -> Loss:
         each = {1: 10, 2: 14}.get(int(chunks), 20)
     forward = 4 * weight + chunk * rows * each + hidden * (2 if t > 1 and job.sequence else 1)
     return Loss(forward, backward, b * weight, kept)
+
+
+def held_at_once(job: Job, stage: int) -> Sequence[tuple[float, float]]:
+    """Chunks of microbatches that a rank holds at its fullest moments: (whole, of half a backward pass) each.
+
+    A half is not less than a whole: what products took in, and their gradients, wait for those of the weights; with
+    recompute it is far more.
+    """
+    if job.pipeline == 1 or job.schedule not in ("zbv", "interleaved-zb"):
+        return [in_flight(job, stage)]
+    p, n = job.pipeline, job.microbatches
+    small, larger = divmod(n, max(1, n // p))
+    rounds = 2 * small + (larger > 0)  # two rounds of microbatches hold the most: parallel.schedule.rounds
+    return _counted(job.schedule, p, job.chunks, min(n, 4 * p if job.schedule == "zbv" else rounds))[stage]
+
+
+@functools.lru_cache(maxsize=1024)
+def _counted(
+    schedule: str, pipeline: int, chunks: int, microbatches: int
+) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """By rank, from the actions of the schedule: for every number of wholes the most halves beside them."""
+    found = []
+    for actions in orders(schedule, pipeline, chunks, microbatches):
+        whole = half = 0
+        most: dict[int, int] = {}
+        for action in actions:
+            whole += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
+            half += {"I": 1, "W": -1}.get(action.kind, 0)
+            most[whole] = max(half, most.get(whole, 0))
+        found.append(tuple((float(w), float(h)) for w, h in most.items()))
+    return tuple(found)
 
 
 def in_flight(job: Job, stage: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bigtrain.config import ModelConfig
-from bigtrain.plan.activations import Kept, bytes_of, in_flight, kept_of, loss_of, tokens_of
+from bigtrain.plan.activations import Kept, bytes_of, held_at_once, kept_of, loss_of, tokens_of
 from bigtrain.plan.constants import COMMUNICATOR_BYTES, CONTEXT_BYTES, FRAGMENTATION, MEMORY_SPREAD
 from bigtrain.plan.elsewhere import elsewhere
 from bigtrain.plan.flops import head_flops, layer_flops, parameters
@@ -150,14 +150,21 @@ def held_by(job: Job, chunks: Chunks) -> Held:
 def _stage(job: Job, kept: Kept, stage: int, chunks: Chunks) -> Peak:
     held = held_by(job, chunks)
     state = state_of(job, held)
-    whole, half = in_flight(job, stage)
     layers = held.layers / len(chunks)  # of a chunk
     chunk = layers * kept.waiting + kept.around
-    activations = whole * chunk + half * layers * kept.halved + held.last * kept.message
     running = kept.layer - kept.waiting if job.recompute == "full" else 0.0
+    pairs = held_at_once(job, stage)
+    whole = max(n for n, _ in pairs)
+    head = held.last * kept.message
+
+    def most(running: float) -> float:
+        """Bytes of activations, with those of a layer that is computed again, of one of the whole ones."""
+        return head + max(n * chunk + h * layers * kept.halved + (running if n else 0.0) for n, h in pairs)
+
+    activations = most(0.0)
     messages = 4 * kept.message if job.pipeline > 1 else 0.0  # one under way and one awaited, each way
     before = state.late if job.microbatches > 1 else 0.0  # of the microbatch before
-    moments = [Moment(before, activations + running + kept.passing, 0.0, state.backward)]
+    moments = [Moment(before, most(running) + kept.passing, 0.0, state.backward)]
     if held.last:
         loss = loss_of(job)
         if job.schedule == "gpipe":  # the head's gradients of all other microbatches wait too

@@ -371,8 +371,11 @@ def fullest(job: Job) -> float:
     """Bytes of the rank that needs most, the upper end of the interval.
 
     It is one of three stages: activations in flight and layers fall from the first stage on, which with a V also has
-    the head and therefore fewer layers than the second; the last has the head.
+    the head and therefore fewer layers than the second; the last has the head. With zero bubbles halves of backward
+    passes wait on the later stages, and any may be it.
     """
+    if job.schedule in ("zbv", "interleaved-zb"):
+        return max(stage.high for stage in memory_of(job))
     return max(stage.high for stage in memory_of(job, (0, 1, job.pipeline - 1)))
 
 
