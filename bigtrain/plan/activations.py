@@ -8,7 +8,7 @@ T is the tokens of a microbatch that one rank computes, t the tensor ranks. The 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from bigtrain.parallel.schedule import orders
@@ -180,7 +180,7 @@ def held_at_once(job: Job, stage: int) -> Sequence[tuple[float, float]]:
 def _counted(
     schedule: str, pipeline: int, chunks: int, microbatches: int
 ) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """By rank, from the actions of the schedule: for every number of wholes the most halves beside them."""
+    """By rank, from the schedule's actions: the numbers of wholes and halves that are the most by some weights."""
     found = []
     for actions in orders(schedule, pipeline, chunks, microbatches):
         whole = half = 0
@@ -189,8 +189,21 @@ def _counted(
             whole += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
             half += {"I": 1, "W": -1}.get(action.kind, 0)
             most[whole] = max(half, most.get(whole, 0))
-        found.append(tuple((float(w), float(h)) for w, h in most.items()))
+        beside = most.pop(0)  # with no whole one there is none that is computed again
+        found.append(((0.0, float(beside)), *_corners(most)))
     return tuple(found)
+
+
+def _corners(most: Mapping[int, int]) -> list[tuple[float, float]]:
+    """The upper convex hull of points (x, y)."""
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted(most.items()):
+        while len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (y - hull[-2][1]) >= (
+            hull[-1][1] - hull[-2][1]
+        ) * (x - hull[-2][0]):
+            hull.pop()
+        hull.append((float(x), float(y)))
+    return hull
 
 
 def in_flight(job: Job, stage: int) -> tuple[float, float]:
