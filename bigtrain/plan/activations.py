@@ -70,12 +70,12 @@ def kept_of(job: Job) -> Kept:
     elif job.recompute == "selective":
         waiting = layer - b * (core + mask - plain) - T * H * 4
     # What the products took in, and the gradients of what they gave.
-    half = b * (2 * entered + T * (2 * H + 2 * K) * D + (up + 1) * T * F)
+    halved = b * (2 * entered + T * (2 * H + 2 * K) * D + (up + 1) * T * F)
     again = mask if job.recompute != "none" else 0.0  # one byte for each of the mask's elements
     return Kept(
         layer=layer,
         waiting=waiting,
-        halved=half,
+        halved=halved,
         passing=b * (passed * T * F + T * C * (2 if t > 1 and job.sequence else 1)),
         around=again + (4 * T * D if m.position == "rope" else 0.0),
         message=b * shared * C,
@@ -92,7 +92,7 @@ def _attention(job: Job, H: float, K: float) -> tuple[float, float, float]:
     copied = _copied(job)
     squares = B * S * S if masked else 0.0
     if gather:  # all outputs are joined in a copy
-        values = repeated(job) if copied else 2 * B * S * K * D
+        values = repeated(job) or 2 * B * S * K * D
         return 3 * T * H * D + values, plain, squares * ((2 * c + 1) / (4 * c * c) if causal else 1 / c)
     if c > 1:  # Ulysses: all three exchanged in one tensor, the output exchanged back
         packed = T * (H + 2 * max(K, c)) * D
@@ -165,8 +165,8 @@ def loss_of(job: Job) -> Loss:
 def held_at_once(job: Job, stage: int) -> Sequence[tuple[float, float]]:
     """Chunks of microbatches that a rank holds at its fullest moments: (whole, of half a backward pass) each.
 
-    A half is not less than a whole: what products took in, and their gradients, wait for those of the weights; with
-    recompute it is far more.
+    In a half, what products took in and the gradients of what they gave wait for the weights' gradients: with recompute
+    far more than a whole.
     """
     if job.pipeline == 1 or job.schedule not in ("zbv", "interleaved-zb"):
         return [in_flight(job, stage)]
