@@ -58,8 +58,7 @@ def rows(
         parts = [torch.randn(s, generator=g, device=DEVICE, dtype=torch.bfloat16) for s in shapes]
         ours = partial(flash_attn_func, causal=causal, window_size=(left, -1))
         found: dict[str, Attend] = {"bigtrain": ours}
-        if part == "forward":
-            found |= paths(left, 0 if causal else -1)
+        found |= paths(left, 0 if causal else -1)
         if not window:
             for name, backend in (
                 ("flash", SDPBackend.FLASH_ATTENTION),
@@ -89,21 +88,42 @@ def rows(
     return KernelCase(name, work, "TFLOP/s", prepare, check, aims or {})
 
 
+class By(torch.autograd.Function):
+    """Attention by given modules, whichever are taken by default."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Any, k: Any, v: Any, first: Any, second: Any, numbers: dict[str, Any]
+    ) -> torch.Tensor:
+        out, lse = first(q, k, v, None, None, None, **numbers)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.kernels, ctx.numbers = second, {"softcap": 0.0, **numbers}
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        given = (grad, torch.zeros_like(lse), q, k, v, out, lse, None, None)
+        found = attention_backward.backward(*given, **ctx.numbers, kernels=ctx.kernels)
+        return *found[:3], None, None, None
+
+
 def paths(left: int, right: int) -> dict[str, Attend]:
-    """Our forward kernels by themselves, whichever of them is taken by default."""
+    """Our portable kernels, and on Hopper those in Gluon, each by themselves."""
 
-    def portable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        numbers: Any = {"scale": q.shape[-1] ** -0.5, "left": left, "right": right}
-        return attention_forward.forward(q, k, v, None, None, None, **numbers, softcap=0.0)[0]
+    def by(first: Any, second: Any) -> Attend:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            numbers = {"scale": q.shape[-1] ** -0.5, "left": left, "right": right}
+            return By.apply(q, k, v, first, second, numbers)  # type: ignore[no-any-return, no-untyped-call]
 
-    def gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        from bigtrain_kernels import attention_hopper
+        return attend
 
-        numbers: Any = {"scale": q.shape[-1] ** -0.5, "left": left, "right": right}
-        return attention_hopper.forward(q, k, v, None, None, None, **numbers)[0]
+    found = {"bigtrain-portable": by(partial(attention_forward.forward, softcap=0.0), attention_backward)}
+    if hopper():
+        from bigtrain_kernels import attention_hopper, attention_hopper_backward
 
-    found: dict[str, Attend] = {"bigtrain-portable": portable}
-    return found | {"bigtrain-hopper": gluon} if hopper() else found
+        found["bigtrain-hopper"] = by(attention_hopper.forward, attention_hopper_backward)
+    return found
 
 
 def lengths_of(total: int, mean: int, seed: int = 0) -> list[int]:
@@ -200,20 +220,20 @@ def error(lengths: list[int], H: int, K: int, D: int, left: int, right: int, see
     poison(DEVICE)
     dense = [x[None] for x in parts]
     out, lse = attention_forward.forward(*dense[:3], cu, cu, None, **numbers, softcap=0.0)
-    grads = attention_backward.backward(
-        dense[3], torch.zeros_like(lse), *dense[:3], out, lse, cu, cu, **numbers, softcap=0.0
-    )
+    given = (dense[3], torch.zeros_like(lse), *dense[:3], out, lse, cu, cu)
+    grads = attention_backward.backward(*given, **numbers, softcap=0.0)
     kinds = [[out[0], *(x[0] for x in grads[:3])]]
     if hopper() and D in (64, 128):
-        from bigtrain_kernels import attention_hopper
+        from bigtrain_kernels import attention_hopper, attention_hopper_backward
 
         poison(DEVICE)
         fast, _ = attention_hopper.forward(*dense[:3], cu, cu, None, **numbers)
-        kinds.append([fast[0]])
+        grads = attention_backward.backward(*given, **numbers, softcap=0.0, kernels=attention_hopper_backward)
+        kinds.append([fast[0], *(x[0] for x in grads[:3])])
     worst = 0.0
     exact, rough = plain(torch.float64), plain(torch.bfloat16)
     for ours in kinds:
-        for found, wanted, torchs in zip(ours, exact, rough, strict=False):
+        for found, wanted, torchs in zip(ours, exact, rough, strict=True):
             allowed = 2 * (torchs - wanted).abs().max() + 1e-5
             difference = float((found - wanted).abs().max() / allowed)
             worst = max(worst, difference if difference == difference else float("inf"))

@@ -77,8 +77,12 @@ def attention_gradients(
         return dq, dk, dv, -grad_lse.contiguous()
     q, k, v, grad = map(described, (q, k, v, grad))
     grad_lse, out, lse = (x.contiguous() for x in (grad_lse, out, lse))
+    kernels: Any = attention_backward
+    if on_hopper(q, softcap):
+        from bigtrain_kernels import attention_hopper_backward as kernels
+    numbers: Any = {"scale": scale, "left": left, "right": right, "softcap": softcap}
     return attention_backward.backward(
-        grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, scale=scale, left=left, right=right, softcap=softcap
+        grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, **numbers, kernels=kernels
     )
 
 

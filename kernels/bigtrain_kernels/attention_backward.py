@@ -13,7 +13,9 @@ and delta = rowsum(do out) - dlse, for the gradient of lse by s is p.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import sys
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -225,33 +227,29 @@ def backward(
     left: int,
     right: int,
     softcap: float,
+    kernels: ModuleType | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, contiguous, and delta (B, H, S) fp32, which the sinks' gradient needs.
 
     q, k, v and grad as attention_tiles.described wants them, out, lse and grad_lse contiguous; one query and key at
-    least.
+    least. `kernels` is this module or attention_hopper_backward.
     """
-    B, S, H, D = q.shape
+    by: Any = kernels or sys.modules[__name__]
+    lse2, delta = terms(grad, grad_lse, out, lse)
+    given = (q, k, v, grad, lse2, delta, cu_q, cu_k, Numbers(scale, left, right, softcap))
+    return by.queries_gradient(*given), *by.keys_gradient(*given), delta
+
+
+def terms(
+    grad: torch.Tensor, grad_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lse2 and delta, (B, H, S) fp32: see attention_delta."""
+    B, S, H, D = out.shape
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     attention_delta[(-(-B * S * H // 64),)](
-        out,
-        grad,
-        lse,
-        grad_lse,
-        lse2,
-        delta,
-        B * S,
-        S,
-        H,
-        *grad.stride()[:3],
-        D=D,
-        DP=power(D),
-        BM=64,
-        num_warps=4,
-    )
-    numbers = Numbers(scale, left, right, softcap)
-    dq = queries_gradient(q, k, v, grad, lse2, delta, cu_q, cu_k, numbers)
-    return dq, *keys_gradient(q, k, v, grad, lse2, delta, cu_q, cu_k, numbers), delta
+        out, grad, lse, grad_lse, lse2, delta, B * S, S, H, *grad.stride()[:3], D=D, DP=power(D), BM=64, num_warps=4
+    )  # fmt: skip
+    return lse2, delta
 
 
 def queries_gradient(
@@ -266,7 +264,7 @@ def queries_gradient(
     numbers: Numbers,
     blocks: Blocks | None = None,
 ) -> torch.Tensor:
-    """dq; lse2 and delta (B, H, S) fp32 as attention_delta makes them."""
+    """dq; lse2 and delta as of `terms`."""
     (B, S, H, D), (_, N, K, _) = q.shape, k.shape
     scale, left, right, softcap = numbers
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -13,82 +13,30 @@ Blocks, documents, windows and results are those of attention_forward.py, which 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from bigtrain_kernels.attention_hopper_tiles import (
+    LN2,
+    LOG2E,
+    descriptor,
+    key_blocks,
+    load_tile,
+    rows_of,
+    store_rows,
+    sync,
+    tile,
+)
 from bigtrain_kernels.attention_tiles import given, tiles_of
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
 ROWS = 64
 """Rows of a group: what one wgmma multiplies. A program has two groups."""
-
-# Names that Triton 3.9 changed.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_sync = getattr(gl, "barrier", None) or gl.thread_barrier
-
-
-@gluon.jit
-def _span(CU, document, documents, total):
-    """See attention_tiles.span."""
-    first = gl.load(CU + gl.minimum(document, documents))
-    first = gl.where(document > 0, first, 0)
-    last = gl.load(CU + gl.minimum(document + 1, documents))
-    last = gl.where(document < documents, last, total)
-    first = gl.minimum(gl.maximum(first, 0), total)
-    return first, gl.minimum(gl.maximum(last, first), total) - first
-
-
-@gluon.jit
-def _tile(TILES, CU_Q, CU_K, index, documents, queries, keys, blocks, PACKED: gl.constexpr):
-    """See attention_tiles.tile; a program without work gets a document without rows."""
-    if PACKED:
-        document = gl.load(TILES + 2 * index)
-        block = gl.load(TILES + 2 * index + 1)
-        q0, M = _span(CU_Q, gl.maximum(document, 0), documents, queries)
-        k0, N = _span(CU_K, gl.maximum(document, 0), documents, keys)
-        batch = 0
-        M = gl.where(document < 0, 0, M)
-        N = gl.where(document < 0, 0, N)
-        block = gl.where(document < 0, 0, block)
-    else:
-        batch = index // blocks
-        block = index % blocks
-        q0 = 0
-        M = queries
-        k0 = 0
-        N = keys
-    return batch, block, q0, M, k0, N
-
-
-@gluon.jit
-def _blocks(m0, rows, N, shift, left, right, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
-    """Numbers of blocks of keys: see attention_tiles.key_range. Seen by any row [first, end), by all [whole, until).
-
-    One at least, all masked, so that there is always one to begin with.
-    """
-    first = 0
-    whole = 0
-    last = N
-    until = N // BN
-    if LEFT:
-        first = gl.maximum(0, m0 + shift - left) // BN
-        whole = (gl.maximum(0, m0 + rows - 1 + shift - left) + BN - 1) // BN
-    if RIGHT:
-        last = gl.maximum(0, gl.minimum(N, m0 + rows + shift + right))
-        until = gl.maximum(0, gl.minimum(N, m0 + shift + right + 1)) // BN
-    end = gl.maximum((last + BN - 1) // BN, first + 1)
-    return first, whole, until, end
 
 
 @gluon.jit
@@ -98,18 +46,18 @@ def _producer(
 ):  # fmt: skip
     """Both groups' rows, then keys and values from the last block to the first, as fast as buffers become free."""
     mbarrier.expect(q_full, 2 * BYTES_Q)
-    _load(Q, [batch, head, row, 0], q_full, qs.index(0))
-    _load(Q, [batch, head, row + 64, 0], q_full, qs.index(1))
+    load_tile(Q, [batch, head, row, 0], q_full, qs.index(0))
+    load_tile(Q, [batch, head, row + 64, 0], q_full, qs.index(1))
     for i in range(end - first):
         stage = i % STAGES
         turn = (i // STAGES) & 1
         at = k0 + (end - 1 - i) * BN
         mbarrier.wait(k_empty.index(stage), turn ^ 1)
         mbarrier.expect(k_full.index(stage), BYTES_K)
-        _load(K, [batch, group, at, 0], k_full.index(stage), ks.index(stage))
+        load_tile(K, [batch, group, at, 0], k_full.index(stage), ks.index(stage))
         mbarrier.wait(v_empty.index(stage), turn ^ 1)
         mbarrier.expect(v_full.index(stage), BYTES_K)
-        _load(V, [batch, group, at, 0], v_full.index(stage), vs.index(stage))
+        load_tile(V, [batch, group, at, 0], v_full.index(stage), vs.index(stage))
 
 
 @gluon.jit
@@ -145,28 +93,22 @@ def _steps(
         before = (i - 1) % STAGES
         mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
         s = warpgroup_mma(
-            q, _rows(ks.index(stage)).permute((1, 0)), gl.zeros([ROWS, BN], gl.float32, scores),
+            q, rows_of(ks.index(stage)).permute((1, 0)), gl.zeros([ROWS, BN], gl.float32, scores),
             use_acc=False, is_async=True,
         )  # fmt: skip
         mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-        acc = warpgroup_mma(weights, _rows(vs.index(before)), acc, is_async=True)
+        acc = warpgroup_mma(weights, rows_of(vs.index(before)), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        _sync()
+        sync()
         mbarrier.arrive(k_empty.index(stage), count=1)
         n = (end - 1 - i) * BN + columns
         p, shrink, peak, total = _softmax(s, peak, total, m, n, N, low, high, unit, MASK, LEFT, RIGHT)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        _sync()
+        sync()
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, outputs))[:, None]
         weights = gl.convert_layout(p.to(weights.dtype), operand)
     return acc, weights, peak, total
-
-
-@gluon.jit
-def _rows(block):
-    """(1, 1, rows, D) in shared memory as (rows, D)."""
-    return block.reshape((block.shape[2], block.shape[3]))
 
 
 @gluon.jit
@@ -194,14 +136,14 @@ def _consumer(
         total = total + gl.where(sink == float("-inf"), 0.0, 1.0)
     acc = gl.zeros([ROWS, D], gl.float32, outputs)
     mbarrier.wait(q_full, 0)
-    q = _rows(qs.index(number))
+    q = rows_of(qs.index(number))
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(
-        q, _rows(ks.index(0)).permute((1, 0)), gl.zeros([ROWS, BN], gl.float32, scores), use_acc=False,
+        q, rows_of(ks.index(0)).permute((1, 0)), gl.zeros([ROWS, BN], gl.float32, scores), use_acc=False,
         is_async=True,
     )  # fmt: skip
     s = warpgroup_mma_wait(0, deps=[s])
-    _sync()
+    sync()
     mbarrier.arrive(k_empty.index(0), count=1)
     n = (end - 1) * BN + columns
     p, _, peak, total = _softmax(s, peak, total, m, n, N, low, high, unit, True, LEFT, RIGHT)
@@ -227,7 +169,7 @@ def _consumer(
         )  # fmt: skip
     stage = (count - 1) % STAGES
     mbarrier.wait(v_full.index(stage), ((count - 1) // STAGES) & 1)
-    acc = warpgroup_mma(weights, _rows(vs.index(stage)), acc, is_async=True)
+    acc = warpgroup_mma(weights, rows_of(vs.index(stage)), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     _store(
         acc, peak, total, OUT, LSE, batch, head, heads, queries, q0, m0 + number * ROWS, M, ROWS, D, outputs
@@ -239,17 +181,13 @@ def _store(
     acc, peak, total, OUT, LSE, batch, head, heads, queries, q0, m0, M, ROWS: gl.constexpr, D: gl.constexpr,
     outputs: gl.constexpr,
 ):  # fmt: skip
-    """By 16 bytes a thread, which the layout of the products would not allow."""
+    """Output, divided by its sum of exponentials, and log-sum-exp."""
     nothing = total == 0
     total = gl.where(nothing, 1.0, total)
     lse = gl.where(nothing, float("-inf"), (peak + gl.log2(total)) * LN2)
     acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, outputs))[:, None]
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    out = gl.convert_layout(acc.to(OUT.dtype.element_ty), wide)
-    m = m0 + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
-    d = gl.arange(0, D, gl.SliceLayout(0, wide))
-    rows = batch.to(gl.int64) * queries + q0 + m
-    gl.store(OUT + (rows * heads + head)[:, None] * D + d[None, :], out, mask=(m < M)[:, None])
+    row = batch.to(gl.int64) * queries + q0 + m0
+    store_rows(acc, OUT, row, M - m0, heads, head, ROWS, D)
     m = m0 + gl.arange(0, ROWS, lse.type.layout)
     gl.store(LSE + (batch.to(gl.int64) * heads + head) * queries + q0 + m, lse, mask=m < M)
 
@@ -280,10 +218,10 @@ def attention_forward_hopper(
     index = tiles - 1 - program // G % tiles
     group = program // G // tiles
     head = group * G + program % G
-    batch, block, q0, M, k0, N = _tile(TILES, CU_Q, CU_K, index, documents, queries, keys, blocks, PACKED)
+    batch, block, q0, M, k0, N = tile(TILES, CU_Q, CU_K, index, documents, queries, keys, blocks, PACKED)
     m0 = block * 2 * ROWS
     rows = gl.minimum(2 * ROWS, M - m0)
-    first, whole, until, end = _blocks(m0, rows, N, N - M, left, right, BN, LEFT, RIGHT)
+    first, whole, until, end = key_blocks(m0, rows, N, N - M, left, right, BN, LEFT, RIGHT)
     bytes_q: gl.constexpr = ROWS * D * 2
     bytes_k: gl.constexpr = BN * D * 2
     gl.warp_specialize(
@@ -326,20 +264,10 @@ def forward(
     keys, stages = (64 if D == 64 and left >= 0 else 128), {64: 3, 128: 2}[D]
     tiles, number = tiles_of(cu_q, B, S, 2 * ROWS)
     attention_forward_hopper[(number * H,)](
-        _descriptor(q, ROWS), _descriptor(k, keys), _descriptor(v, keys), out, lse,
+        descriptor(q, ROWS), descriptor(k, keys), descriptor(v, keys), out, lse,
         *given(lse, sinks, tiles, cu_q, cu_k), 0 if cu_q is None else len(cu_q) - 1, S, N, number,
         -(-S // (2 * ROWS)), H, left, right, scale,
         G=H // K, D=D, BN=keys, STAGES=stages, PACKED=cu_q is not None, LEFT=left >= 0, RIGHT=right >= 0,
         SINK=sinks is not None, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out, lse
-
-
-def _descriptor(x: torch.Tensor, rows: int) -> Any:
-    """See attention_tiles.descriptor."""
-    B, S, H, D = x.shape
-    b, s, h, _ = (stride if size > 1 else 16 for size, stride in zip(x.shape, x.stride(), strict=True))
-    kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    shape = [1, 1, rows, D]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, kind)
-    return TensorDescriptor(x, [B, H, S, D], [b, h, s, 1], shape, layout)

@@ -1,28 +1,33 @@
-"""Which kernel computes a forward pass of attention: the portable one, or on Hopper the one in Gluon. Said once each.
+"""Which kernels compute attention: the portable ones, or on Hopper those in Gluon. Said once each.
 
-The environment variable BIGTRAIN_ATTENTION chooses: auto (the default), portable, hopper. The backward pass is
-portable in any case.
+The environment variable BIGTRAIN_ATTENTION chooses: auto (the default), portable, hopper. "auto" takes those for Hopper
+once they have passed a test on this machine's GPU (attention_probe.py).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 
-RUN_ON_HOPPER = False
-"""Whether attention_hopper.py has passed tests/gpu/test_attention_paths.py on a Hopper GPU. It has only been compiled
-so far, so "auto" does not take it: set this once it has, with the GPU and the date.
-"""
 _log = logging.getLogger(__name__)
 
 
 def choose(
-    wanted: str, capability: tuple[int, int], dim: int, dtype: torch.dtype, softcap: float, *, proven: bool
+    wanted: str,
+    capability: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype,
+    softcap: float,
+    fault: Callable[[], str],
 ) -> tuple[str, str]:
-    """("hopper" or "portable", why). ValueError when `wanted` is neither of those nor "auto"."""
+    """("hopper" or "portable", why); `fault` says what is wrong with those for Hopper, and is asked last.
+
+    ValueError when `wanted` is neither of those nor "auto".
+    """
     if wanted not in ("auto", "portable", "hopper"):
         raise ValueError(f"BIGTRAIN_ATTENTION is {wanted!r}, expected auto, portable or hopper")
     if wanted == "portable":
@@ -35,22 +40,32 @@ def choose(
         return "portable", "there is a softcap"
     if dtype not in (torch.bfloat16, torch.float16):
         return "portable", f"{dtype}"
-    if wanted == "auto" and not proven:
-        return "portable", "the one for Hopper has not run on a GPU yet; BIGTRAIN_ATTENTION=hopper takes it"
-    return "hopper", "the GPU is Hopper"
+    if wanted == "hopper":
+        return "hopper", "asked for by BIGTRAIN_ATTENTION, on a Hopper GPU"
+    wrong = fault()
+    if wrong:
+        return "portable", f"on this Hopper GPU those for Hopper failed their test, report it: {wrong}"
+    return "hopper", "the GPU is Hopper, and they passed their test on it"
 
 
 def on_hopper(q: torch.Tensor, softcap: float) -> bool:
-    """Whether the Gluon kernel computes this call."""
+    """Whether the Gluon kernels compute this call."""
     if not q.is_cuda:
         return False
     capability = torch.cuda.get_device_capability(q.device)
     wanted = os.environ.get("BIGTRAIN_ATTENTION", "auto")
-    path, why = choose(wanted, capability, q.shape[-1], q.dtype, softcap, proven=RUN_ON_HOPPER)
-    _tell(f"attention: the {path} kernels: {why}")
+    path, why = choose(wanted, capability, q.shape[-1], q.dtype, softcap, partial(_fault, q.device))
+    _tell(logging.WARNING if "failed" in why else logging.INFO, f"attention: the {path} kernels: {why}")
     return path == "hopper"
 
 
 @cache
-def _tell(text: str) -> None:
-    _log.info(text)
+def _fault(device: torch.device) -> str:
+    from bigtrain_kernels import attention_probe
+
+    return attention_probe.fault(device)
+
+
+@cache
+def _tell(level: int, text: str) -> None:
+    _log.log(level, text)

@@ -1,4 +1,4 @@
-"""Attention's kernel for Hopper, which no interpreter runs, against the portable one and float64."""
+"""Attention's kernels for Hopper against the portable ones, on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bigtrain_kernels.attention_probe import allowed, main
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 pytestmark = [
@@ -30,7 +31,12 @@ pytestmark = [
 def test_hopper_is_portable(
     queries: list[int], keys: list[int], window: tuple[int, int], dtype: torch.dtype, D: int
 ) -> None:
-    from bigtrain_kernels import attention_forward, attention_hopper
+    from bigtrain_kernels import (
+        attention_backward,
+        attention_forward,
+        attention_hopper,
+        attention_hopper_backward,
+    )
 
     H, K = 8, 2
     torch.manual_seed(0)
@@ -46,6 +52,17 @@ def test_hopper_is_portable(
         torch.testing.assert_close(found_lse, lse, atol=2e-5, rtol=1e-5)
         unit = torch.finfo(dtype).eps
         assert (found.float() - out.float()).abs().max() <= 2 * unit * max(1.0, float(v.abs().max()))
+    grad = torch.randn_like(q)
+    given = (grad, torch.randn_like(lse), q, k, v, out, lse, *cus)
+    theirs = attention_backward.backward(*given, **options, softcap=0.0)
+    for _ in range(2):
+        ours = attention_backward.backward(*given, **options, softcap=0.0, kernels=attention_hopper_backward)
+        for a, b in zip(ours[:3], theirs[:3], strict=True):
+            assert (a.float() - b.float()).norm() <= allowed(dtype) * b.float().norm() + 1e-6
+
+
+def test_the_probe_finds_nothing() -> None:
+    assert main(torch.device("cuda", 0)) == ""
 
 
 def test_hopper_is_portable_for_rows_of_one_length() -> None:

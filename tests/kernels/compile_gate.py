@@ -128,6 +128,10 @@ def faults(case: Case, builds: list[Build]) -> list[str]:
             wrong.append(f"{b.kernel} spills {b.stack} bytes ({b.registers} registers, {b.warps} warps)")
         if b.shared > SHARED_BYTES:
             wrong.append(f"{b.kernel} takes {b.shared} bytes of shared memory, more than {SHARED_BYTES}")
+        # Heads of 32 have 12 products at most, and Triton 3.7 waits for each whatever the blocks; 3.6 does not.
+        products, waits = b.count("HGMMA"), b.count("WARPGROUP.DEPBAR")
+        if products >= 16 and waits >= products // 2:
+            wrong.append(f"{b.kernel} waits for each of its {products} products (ptxas's C7512)")
         if b.kernel in case.needs and not b.count(case.needs[b.kernel]):
             wrong.append(f"{b.kernel} has no {case.needs[b.kernel]}")
     return wrong

@@ -49,22 +49,27 @@ def case(D: int, quick: bool = False, **options: object) -> Case:
 
 
 def hopper(D: int, quick: bool = False, packed: bool = True, sinks: bool = False, **options: Any) -> Case:
-    """The forward pass in Gluon, which launches as attention_path.py would have it."""
+    """The kernels in Gluon, which are launched as attention_path.py would have it."""
 
     def run() -> None:
-        from bigtrain_kernels import attention_hopper
+        from bigtrain_kernels import attention_hopper, attention_hopper_backward
+        from bigtrain_kernels.attention_backward import Numbers
 
         q = torch.zeros(1 if packed else 2, 256, 8, D, dtype=options.get("dtype", torch.bfloat16))
         k = torch.zeros(q.shape[0], 256, 2, D, dtype=q.dtype)
         cu = torch.tensor([0, 100, 256], dtype=torch.int32) if packed else None
         left, right = options.get("window", (-1, 0))
         sink = torch.zeros(8) if sinks else None
-        attention_hopper.forward(q, k, k, cu, cu, sink, scale=D**-0.5, left=left, right=right)
+        lse = attention_hopper.forward(q, k, k, cu, cu, sink, scale=D**-0.5, left=left, right=right)[1]
+        given = (q, k, k, q, lse, lse, cu, cu, Numbers(D**-0.5, left, right, 0.0))
+        attention_hopper_backward.queries_gradient(*given)
+        attention_hopper_backward.keys_gradient(*given)
 
     words = " ".join(
         f"{name}={value}" for name, value in {"packed": packed, "sinks": sinks, **options}.items()
     )
-    return Case(f"hopper D{D} {words}", run, {"attention_forward_hopper": PRODUCTS}, quick)
+    names = ("forward", "backward_queries", "backward_keys")
+    return Case(f"hopper D{D} {words}", run, {f"attention_{name}_hopper": PRODUCTS for name in names}, quick)
 
 
 CASES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -45,3 +46,7 @@ def test_the_gate_sees_faults() -> None:
         "k has no HGMMA",
     ]
     assert faults(case, []) == ["k was not launched"]
+    one = "  HGMMA.64x64x16 R1, R2 ;\n  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    serial = dataclasses.replace(good, sass=16 * one)
+    assert faults(case, [serial]) == ["k waits for each of its 16 products (ptxas's C7512)"]
+    assert faults(case, [dataclasses.replace(good, sass=16 * one.splitlines(True)[0] + one)]) == []
