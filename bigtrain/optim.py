@@ -7,7 +7,7 @@ w -= lr * weight_decay * w beside the update, and never through the gradient.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -63,19 +63,20 @@ def parameter_groups(named: Named, config: OptimConfig) -> list[dict[str, Any]]:
 
     Matrices (two or more dimensions) decay, embeddings and the output head among them, as in GPT-3 and Llama;
     norms and biases do not. With kind = "muon" the rule of hidden matrices is "muon", that of everything else
-    "adamw". Empty groups are left out.
+    "adamw". Empty groups are left out; the largest comes first: DeepSpeed joins a group with the next until it has 5e8
+    numbers, in a copy of both, so norms before matrices would cost 4 bytes a parameter.
     """
     groups: dict[tuple[str, float], list[torch.nn.Parameter]] = defaultdict(list)
+    sizes: Counter[tuple[str, float]] = Counter()
     for name, parameter in named:
         # ZeRO-3 leaves an empty local tensor; the logical record knows the shape.
         shape = logical_of(parameter).shape if hasattr(parameter, "logical") else parameter.shape
         hidden = len(shape) == 2 and name.split(".")[0] not in _EMBEDDINGS
         rule = "adamw" if config.kind == "muon" and not hidden else config.kind
-        groups[rule, config.weight_decay if len(shape) >= 2 else 0.0].append(parameter)
-    return [
-        {"params": parameters, "rule": rule, "weight_decay": decay}
-        for (rule, decay), parameters in groups.items()
-    ]
+        key = rule, config.weight_decay if len(shape) >= 2 else 0.0
+        groups[key].append(parameter)
+        sizes[key] += math.prod(shape)
+    return [{"params": groups[key], "rule": key[0], "weight_decay": key[1]} for key, _ in sizes.most_common()]
 
 
 def build_optimizer(named: Named, config: OptimConfig, lr: float = 0.0) -> torch.optim.Optimizer:

@@ -96,6 +96,17 @@ def test_matrices_decay_and_norms_and_biases_do_not() -> None:
     assert len(found["adamw", 0.1] | found["adamw", 0.0]) == len(list(model.parameters()))
 
 
+def test_the_largest_group_comes_first_whichever_parameter_does() -> None:
+    """A pipeline's later stages start with a norm."""
+    named = [
+        ("layers.0.norm.weight", nn.Parameter(torch.ones(8))),
+        ("layers.0.w", nn.Parameter(torch.ones(8, 8))),
+    ]
+    for order in (named, named[::-1]):
+        groups = parameter_groups(order, OptimConfig())
+        assert [group["params"][0].numel() for group in groups] == [64, 8]
+
+
 def test_muon_takes_hidden_matrices_only() -> None:
     model = llama()
     found = names_of(model, parameter_groups(model.named_parameters(), OptimConfig(kind="muon")))

@@ -60,7 +60,10 @@ def test_a_wrong_plan_is_named() -> None:
     assert sentence.startswith("stage 0: ")
     assert "planned" in sentence
     (sentence,) = disagreements(checks(e, dry()), replace(replayed, total=10 * e.time.total), e.time)
-    assert re.search(r"a step: .* planned .* of the executed work", sentence)
+    assert re.search(r"a step: .* planned, .* of the executed work \(-90.0%; .* own interval", sentence)
+    for factor, wrong in ((1.04, 0), (1.06, 1)):
+        off = replace(replayed, total=factor * e.time.total + (0.01 if wrong else 0))
+        assert len(disagreements(checks(e, dry()), off, e.time)) == wrong
 
 
 def test_the_verb_fails_when_they_disagree(

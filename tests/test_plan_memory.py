@@ -15,9 +15,9 @@ from bigtrain.engine.reference import DTYPES
 from bigtrain.model import loss
 from bigtrain.model.kernels import attention_in_triton
 from bigtrain.parallel import vocabulary
-from bigtrain.parallel.schedule import Timeline, orders
+from bigtrain.parallel.schedule import Timeline, chunks_of_rank, orders
 from bigtrain.plan import activations, states
-from bigtrain.plan.activations import held_at_once, in_flight, kept_of
+from bigtrain.plan.activations import in_flight, in_layers, kept_of
 from bigtrain.plan.dryrun import dry_run
 from bigtrain.plan.flops import parameters
 from bigtrain.plan.job import Job, job_of
@@ -163,8 +163,32 @@ def test_what_zero_bubbles_hold_at_once_is_that_of_the_whole_schedule(
                 whole += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
                 half += {"I": 1, "W": -1}.get(action.kind, 0)
                 most = {weight: max(m, whole + weight * half) for weight, m in most.items()}
+            flight = in_layers(job, stage, (1,) * chunks)
             for weight, m in most.items():
-                assert max(w + weight * h for w, h in held_at_once(job, stage)) == m, (n, stage, weight)
+                assert max(a.whole + weight * a.half for a in flight.between) == m, (n, stage, weight)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "interleaved-zb", "zbv"])
+def test_chunks_of_unlike_sizes_are_counted_in_layers(schedule: str) -> None:
+    """Beside the schedule's own actions: what is held when a backward pass starts, and while the head runs."""
+    p, n, chunks = 4, 16, 2 if schedule == "zbv" else 3
+    sizes = (3, 1) if schedule == "zbv" else (3, 2, 1)
+    job = replace(JOB, pipeline=p, schedule=schedule, chunks=chunks, global_batch=2 * n)  # type: ignore[arg-type]
+    for stage, actions in enumerate(orders(schedule, p, chunks, n)):
+        mine = dict(zip(chunks_of_rank(schedule, p, chunks)[stage], sizes, strict=True))
+        flight = in_layers(job, stage, sizes)
+        held, starts, heads = 0, [], [0]
+        for action in actions:
+            if action.kind == "F":
+                held += mine[action.chunk]
+            if action.kind in ("B", "I"):
+                starts.append(held)
+            if action.chunk == p * chunks - 1 and action.kind != "W":
+                heads.append(held)
+            if action.kind in ("B", "I"):
+                held -= mine[action.chunk]
+        assert max(at.whole for at in flight.backward) == max(starts)
+        assert flight.head.whole == max(heads)
 
 
 def test_recompute_and_sharing_lower_what_is_kept() -> None:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from bigtrain.parallel.schedule import orders
+from bigtrain.parallel.schedule import chunks_of_rank, orders
 from bigtrain.plan.job import Job
 
 CHUNK_LOGITS, CHUNK_TOKENS = 1 << 26, 128
@@ -162,48 +162,87 @@ def loss_of(job: Job) -> Loss:
     return Loss(forward, backward, b * weight, kept)
 
 
-def held_at_once(job: Job, stage: int) -> Sequence[tuple[float, float]]:
-    """Chunks of microbatches that a rank holds at its fullest moments: (whole, of half a backward pass) each.
+class AtOnce(NamedTuple):
+    """What a rank holds of microbatches at one moment, in layers."""
 
-    In a half, what products took in and the gradients of what they gave wait for the weights' gradients: with recompute
-    far more than a whole.
-    """
-    if job.pipeline == 1 or job.schedule not in ("zbv", "interleaved-zb"):
-        return [in_flight(job, stage)]
+    whole: float
+    """Of which all is kept that waits for the backward pass."""
+    half: float
+    """Of half a backward pass: what products took in and the gradients of what they gave, which wait for the weights'
+    gradients; with recompute far more than of a whole one."""
+    chunks: float
+    """Whole ones, in chunks."""
+
+
+class Flight(NamedTuple):
+    """What a rank holds of microbatches: moments that are the fullest by some weights of wholes and halves."""
+
+    backward: Sequence[AtOnce]
+    """In a backward pass: on top comes a layer that is computed again, of a whole one, and what is short-lived."""
+    between: Sequence[AtOnce]
+    """Between the actions of a schedule with halves."""
+    head: AtOnce
+    """At the most while the model's last chunk runs."""
+
+
+def in_layers(job: Job, stage: int, layers: tuple[int, ...]) -> Flight:
+    """Of a rank whose chunks have so many layers."""
+    zero_bubble = job.schedule in ("zbv", "interleaved-zb")
     p, n = job.pipeline, job.microbatches
+    if p == 1 or not (zero_bubble or (job.schedule == "interleaved" and len(set(layers)) > 1)):
+        whole, half = in_flight(job, stage)
+        each = sum(layers) / len(layers)
+        once = AtOnce(whole * each, half * each, whole)
+        return Flight((once,), (), once)
     small, larger = divmod(n, max(1, n // p))
     rounds = 2 * small + (larger > 0)  # two rounds of microbatches hold the most: parallel.schedule.rounds
-    return _counted(job.schedule, p, job.chunks, min(n, 4 * p if job.schedule == "zbv" else rounds))[stage]
+    few = min(n, 4 * p if job.schedule == "zbv" else rounds)
+    return _counted(job.schedule, p, job.chunks, few, stage, layers)
 
 
-@functools.lru_cache(maxsize=1024)
+_orders = functools.lru_cache(maxsize=256)(orders)
+
+
+@functools.lru_cache(maxsize=1 << 14)
 def _counted(
-    schedule: str, pipeline: int, chunks: int, microbatches: int
-) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """By rank, from the schedule's actions: the numbers of wholes and halves that are the most by some weights."""
-    found = []
-    for actions in orders(schedule, pipeline, chunks, microbatches):
-        whole = half = 0
-        most: dict[int, int] = {}
-        for action in actions:
-            whole += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
-            half += {"I": 1, "W": -1}.get(action.kind, 0)
-            most[whole] = max(half, most.get(whole, 0))
-        beside = most.pop(0)  # with no whole one there is none that is computed again
-        found.append(((0.0, float(beside)), *_corners(most)))
-    return tuple(found)
+    schedule: str, pipeline: int, chunks: int, microbatches: int, stage: int, layers: tuple[int, ...]
+) -> Flight:
+    """From the schedule's actions."""
+    sizes = dict(zip(chunks_of_rank(schedule, pipeline, chunks)[stage], layers, strict=True))
+    head = AtOnce(0.0, 0.0, 0.0)
+    whole = half = count = 0
+    backward: dict[int, tuple[int, int]] = {}
+    between: dict[int, tuple[int, int]] = {}
+
+    def at(moments: dict[int, tuple[int, int]], whole: int, half: int) -> None:
+        moments[whole] = max((half, count), moments.get(whole, (0, 0)))
+
+    for action in _orders(schedule, pipeline, chunks, microbatches)[stage]:
+        size = sizes[action.chunk]
+        if action.kind in ("B", "I"):  # in its first layer, and in its last
+            at(backward, whole, half)
+            at(backward, whole - size + 1, half + (size - 1) * (action.kind == "I"))
+        else:
+            whole, count = whole + size * (action.kind == "F"), count + (action.kind == "F")
+        if action.chunk == pipeline * chunks - 1 and action.kind != "W":
+            head = max(head, AtOnce(whole, half, count))
+        half += {"I": size, "W": -size}.get(action.kind, 0)
+        if action.kind in ("B", "I"):
+            whole, count = whole - size, count - 1
+        at(between, whole, half)
+    return Flight(_corners(backward), _corners(between), head)
 
 
-def _corners(most: Mapping[int, int]) -> list[tuple[float, float]]:
-    """The upper convex hull of points (x, y)."""
-    hull: list[tuple[float, float]] = []
-    for x, y in sorted(most.items()):
-        while len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (y - hull[-2][1]) >= (
-            hull[-1][1] - hull[-2][1]
-        ) * (x - hull[-2][0]):
+def _corners(most: Mapping[int, tuple[int, int]]) -> tuple[AtOnce, ...]:
+    """The upper convex hull of wholes and halves."""
+    hull: list[AtOnce] = []
+    for x, (y, count) in sorted(most.items()):
+        while len(hull) > 1 and (hull[-1].whole - hull[-2].whole) * (y - hull[-2].half) >= (
+            hull[-1].half - hull[-2].half
+        ) * (x - hull[-2].whole):
             hull.pop()
-        hull.append((float(x), float(y)))
-    return hull
+        hull.append(AtOnce(float(x), float(y), float(count)))
+    return tuple(hull)
 
 
 def in_flight(job: Job, stage: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bigtrain.config import ModelConfig
-from bigtrain.plan.activations import Kept, bytes_of, held_at_once, kept_of, loss_of, tokens_of
+from bigtrain.plan.activations import AtOnce, Kept, bytes_of, in_layers, kept_of, loss_of, tokens_of
 from bigtrain.plan.constants import COMMUNICATOR_BYTES, CONTEXT_BYTES, FRAGMENTATION, MEMORY_SPREAD
 from bigtrain.plan.elsewhere import elsewhere
 from bigtrain.plan.flops import head_flops, layer_flops, parameters
@@ -150,25 +150,24 @@ def held_by(job: Job, chunks: Chunks) -> Held:
 def _stage(job: Job, kept: Kept, stage: int, chunks: Chunks) -> Peak:
     held = held_by(job, chunks)
     state = state_of(job, held)
-    layers = held.layers / len(chunks)  # of a chunk
-    chunk = layers * kept.waiting + kept.around
     running = kept.layer - kept.waiting if job.recompute == "full" else 0.0
-    pairs = held_at_once(job, stage)
-    whole = max(n for n, _ in pairs)
+    flight = in_layers(job, stage, tuple(n for n, _, _ in chunks))
     head = held.last * kept.message
 
-    def most(running: float) -> float:
-        """Bytes of activations, with those of a layer that is computed again, of one of the whole ones."""
-        return head + max(n * chunk + h * layers * kept.halved + (running if n else 0.0) for n, h in pairs)
+    def bytes_at(at: AtOnce) -> float:
+        """Of activations."""
+        return head + at.whole * kept.waiting + at.half * kept.halved + at.chunks * kept.around
 
-    activations = most(0.0)
     messages = 4 * kept.message if job.pipeline > 1 else 0.0  # one under way and one awaited, each way
     before = state.late if job.microbatches > 1 else 0.0  # of the microbatch before
-    moments = [Moment(before, most(running) + kept.passing, 0.0, state.backward)]
+    fullest = max(map(bytes_at, flight.backward))
+    moments = [Moment(before, fullest + running + kept.passing, 0.0, state.backward)]
+    moments += [Moment(before, bytes_at(at), 0.0, 0.0) for at in flight.between]
+    activations = bytes_at(flight.head)
     if held.last:
         loss = loss_of(job)
         if job.schedule == "gpipe":  # the head's gradients of all other microbatches wait too
-            activations += (whole - 1) * loss.kept
+            activations += (flight.head.chunks - 1) * loss.kept
         moments += [
             Moment(before, activations, loss.forward, state.head),
             Moment(before + loss.gradient, activations, loss.backward, state.head),
@@ -179,9 +178,11 @@ def _stage(job: Job, kept: Kept, stage: int, chunks: Chunks) -> Peak:
     if held.first and job.pipeline > 1:
         table = bytes_of(job) * held.table
         added = 4 * held.table if job.precision == "bf16" and job.zero else 0.0  # its copy in fp32
-        moments.append(Moment(table, activations - chunk + kept.message, 0.0, added))
-    fullest = max(moments, key=sum)
-    return Peak(state, fullest._replace(buffers=fullest.buffers + messages))
+        chunk = held.layers / len(chunks) * kept.waiting + kept.around
+        moments.append(Moment(table, fullest - chunk + kept.message, 0.0, added))
+    moments.append(Moment(0.0, 0.0, 0.0, state.joined))
+    moment = max(moments, key=sum)
+    return Peak(state, moment._replace(buffers=moment.buffers + messages))
 
 
 def _told(job: Job, peak: Peak) -> StageMemory:

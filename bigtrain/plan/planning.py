@@ -107,8 +107,7 @@ def _answer(
             print(f"drawn in {picture}")
     if wrong:
         raise RunError(
-            "the plan differs from the executed code: memory by more than 5 %, or time beyond its interval\n  "
-            + "\n  ".join(wrong),
+            "the plan differs from the executed code by more than 5 %\n  " + "\n  ".join(wrong),
             do="trust the dry run, and please report this config",
         )
     return 0 if e.fits else 1

@@ -10,6 +10,8 @@ from bigtrain.plan.job import Job
 BUCKET_ELEMENTS = 100_000_000
 LIVE_ELEMENTS, PREFETCH_ELEMENTS = 1_000_000_000, 50_000_000
 """What bigtrain.engine.zero tells DeepSpeed; a test holds them equal (that module needs torch)."""
+JOINED_ELEMENTS = 500_000_000
+"""DeepSpeed's buffered_allreduce_fallback, of which bigtrain.optim.parameter_groups tells more."""
 REPLICA_BUCKET_BYTES = 25 << 20
 """bigtrain.engine.replica's; the same test."""
 
@@ -29,6 +31,14 @@ class Held(NamedTuple):
     """Whether it has the head."""
 
 
+class Limits(NamedTuple):
+    """Elements that ZeRO 3 holds and reads ahead at most, and that ZeRO sends at once."""
+
+    live: float
+    ahead: float
+    bucket: float
+
+
 class State(NamedTuple):
     """What stays, and what comes and goes with parameters."""
 
@@ -43,6 +53,8 @@ class State(NamedTuple):
     """Besides, while head and loss run."""
     late: float
     """16-bit gradients of all parameters, where an engine keeps them until a backward pass is done."""
+    joined: float = 0.0
+    """A copy of all gradients, while they are sent."""
 
 
 class Moment(NamedTuple):
@@ -82,17 +94,28 @@ def state_of(job: Job, held: Held) -> State:
     share = 1 / replicas if zero else 1.0
     masters = 4 * P if b == 2 or zero else 0.0
     optimizer = 0.0 if job.offload else (masters + moments_of(job, held)) * share
-    bucket = min(BUCKET_ELEMENTS, P / 8)
+    live, ahead, bucket = zero_limits(P, held.layer)
     if zero == 0:
         sent = 4 * held.layer / 3 + REPLICA_BUCKET_BYTES if replicas > 1 else 0.0
         return State(b * P, 4 * P, optimizer, 0.0, sent, 0.0, 0.0)
     if zero == 1 and job.precision in ("bf16", "fp8"):
         late = b * P if job.pipeline == 1 else 0.0  # in a pipeline each is added up and dropped at once
-        return State(b * P, 4 * P, optimizer, 0.0, 0.0, 0.0, late)
+        joined = 4 * P if P < JOINED_ELEMENTS and replicas > 1 else 0.0
+        return State(b * P, 4 * P, optimizer, 0.0, 0.0, 0.0, late, joined)
     if zero == 1:
         return State(b * P, 4 * P, optimizer, 4 * bucket, 0.0, 0.0, 0.0)
     if zero == 2:
         own = max(4 * P * share, 4 * held.table if b == 4 else 0.0)
         return State(b * P, own, optimizer, 0.0, b * bucket, 0.0, 0.0)
-    live = min(LIVE_ELEMENTS, max(P / 4, 2 * held.layer)) + min(PREFETCH_ELEMENTS, max(P / 8, held.layer))
-    return State(b * P * share, 4 * P * share, optimizer, 4 * bucket, b * live, b * held.table, 0.0)
+    # While the head runs, norm and head have read ahead: about a block.
+    head = max(held.table, min(live, held.table + held.layer + ahead))
+    return State(b * P * share, 4 * P * share, optimizer, 4 * bucket, b * (live + ahead), b * head, 0.0)
+
+
+def zero_limits(elements: float, block: float) -> Limits:
+    """See bigtrain.engine.zero.deepspeed_config."""
+    return Limits(
+        min(LIVE_ELEMENTS, max(elements // 4, 2 * block)),
+        min(PREFETCH_ELEMENTS, max(elements // 8, block)),
+        min(BUCKET_ELEMENTS, max(elements // 8, 1)),
+    )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from bigtrain.config import ModelConfig
 from bigtrain.parallel.schedule import bubble_formula
+from bigtrain.plan import messages
 from bigtrain.plan.activations import bytes_of, repeated
 from bigtrain.plan.constants import CONSTANTS, Constants
 from bigtrain.plan.flops import flops_per_token, parameters, visible_keys
@@ -285,8 +286,9 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     again = 0.0
     if job.recompute == "full":
         again = forward
-        if job.software == "bigtrain" and job.zero != 3:
-            # torch's checkpoint stops before the last product, which nothing backward needs; not under ZeRO 3's hooks
+        if job.software == "bigtrain" and job.zero != 3 and job.tensor == 1:
+            # torch's checkpoint stops before the last product, which nothing backward needs; not under ZeRO 3's hooks,
+            # nor where that product and its communication are one function
             again -= _product(work.products[-1], rates.products, k) / 3
     elif job.recompute == "selective":
         again = scores
@@ -328,7 +330,10 @@ def _inside(work: Work, job: Job, cluster: Cluster, k: Constants) -> tuple[float
         copies = max(1.0, c * t / max(job.model.num_kv_heads, t))
         width = work.kv if job.context_by == "gather" else (2 * work.message / t + copies * work.kv) / c
         sent = (c - 1) * width * bytes_ / link_rate(cluster, k, c, t)
-        context = (3 + (job.recompute == "full")) * (sent + latency(cluster, k, c, c * t))
+        count = 3 + (job.recompute == "full")
+        if job.software == "bigtrain" and job.context_by == "gather":
+            count -= 1  # the gathered keys are kept for the backward pass, which sends their gradients only
+        context = count * (sent + latency(cluster, k, c, c * t))
     return tensor, context
 
 
@@ -395,14 +400,21 @@ def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[floa
         return update, 0.0, 0.0
     g, w = job.gradient_bytes, bytes_of(job)
     # DeepSpeed's bf16 optimizer sums gradients on all ranks at level 1. At level 2 it sends each owner its part of a
-    # bucket (an eighth of a small model), and the norms, a group of their own, one by one.
-    owned = (g * n * replicas / (replicas - 1) + w, (replicas + 2 * layers + 8) * n, n)
+    # bucket (an eighth of a small model).
+    owned = (g * n * replicas / (replicas - 1) + w, 0, n)
+    calls: float
     sent, calls, room = {
         0: (2 * g, 2 * layers, 2 / 3),
         1: ((2 * g if ours and job.precision in ("bf16", "fp8") else g) + w, 2 * layers, 1.0),
         2: owned if ours else (g * n + w, 2 * layers * n, n),
         3: ((g + 2 * w) * n, 3 * (layers + 1) * n, n),
     }[zero]
+    if ours and job.model.kind == "transformer" and zero >= 2:
+        calls = n * (
+            messages.level_2(job.model, job.tensor, replicas)
+            if zero == 2
+            else messages.level_3(job.model, job.tensor, job.recompute == "full")
+        )
     ring = (replicas - 1) / replicas / link_rate(cluster, k, replicas, job.tensor)
     return update, sent * held * ring + calls * latency(cluster, k, replicas, replicas * job.tensor), room
 
