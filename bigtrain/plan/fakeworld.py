@@ -92,15 +92,12 @@ def outside_of_modes(*size: int) -> Any:
 
 @contextlib.contextmanager
 def _fake_groups(world: int, rank: int) -> Iterator[None]:
-    """torch.distributed with the backend that does nothing, and has done it at once: its own work is never completed,
-    so whoever keeps a message until it is gone would keep all of a step.
-    """
+    """torch.distributed with the backend that does nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        with mock.patch.object(dist.Work, "is_completed", return_value=True):
-            yield
+        yield
     finally:
         dist.destroy_process_group()
 

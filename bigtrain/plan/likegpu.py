@@ -3,7 +3,8 @@
 torch cannot run backward passes of fake CUDA tensors without a GPU, so the dry run's tensors say they are on the CPU.
 The model asks `x.is_cuda` where it knows something better for one or the other: there it takes our Triton kernels, of
 which fake tensors see what goes in and out (`bigtrain_kernels.workspace` tells the rest). torch's fused RMS norm is one
-kernel on a GPU and a chain of small ones on a CPU, which keep more for the backward pass.
+kernel on a GPU and a chain of small ones on a CPU, which keep more for the backward pass. NCCL says when a message is
+gone; gloo, and the group that does nothing, only once it is waited for, so a pipeline keeps all of a step there.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 
 @contextlib.contextmanager
 def like_gpu() -> Iterator[None]:
-    """Inside, tensors tell bigtrain's code that they are a GPU's, and `F.rms_norm` keeps what a GPU's kernel does.
+    """Inside, tensors tell bigtrain's code that they are a GPU's, `F.rms_norm` keeps what a GPU's kernel does, and
+    messages are gone at once.
 
     A TorchFunctionMode would be off within backward passes, which recompute.
     """
     with (
         mock.patch.object(torch.Tensor, "is_cuda", property(_asked_by_us), create=True),
         mock.patch.object(F, "rms_norm", _rms_norm),
+        mock.patch.object(dist.Work, "is_completed", return_value=True),
     ):
         yield
 
