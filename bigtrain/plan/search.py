@@ -326,7 +326,7 @@ def _search(asked: _Asked, *, offload: bool) -> Found:
             step = time_of(job, cluster, asked.constants)
             if not fitting.wants(job, step.total):
                 break
-            size = fullest(job)
+            size = fullest(job, NEARLY * capacity)
             if size <= capacity:
                 fitting.offer(Layout(job, size, step))
                 break
@@ -334,7 +334,7 @@ def _search(asked: _Asked, *, offload: bool) -> Found:
                 larger.offer(Layout(job, size, step))
             if job is plain:
                 least = dataclasses.replace(plain, recompute="full")
-                if fullest(least) <= NEARLY * capacity:
+                if fullest(least, NEARLY * capacity) <= NEARLY * capacity:
                     kinds += [dataclasses.replace(plain, recompute="selective"), least]
     if families == 0 and asked.quick:
         return _search(dataclasses.replace(asked, quick=False), offload=offload)
@@ -367,16 +367,19 @@ def base_job(config: Config) -> Job:
     return job_of(config.model_copy(update=alone), 1)
 
 
-def fullest(job: Job) -> float:
-    """Bytes of the rank that needs most, the upper end of the interval.
+def fullest(job: Job, enough: float = math.inf) -> float:
+    """Bytes of the rank that needs most, the upper end of the interval; of the first, where that is above `enough`.
 
     It is one of three stages: activations in flight and layers fall from the first stage on, which with a V also has
     the head and therefore fewer layers than the second; the last has the head. With zero bubbles halves of backward
     passes wait on the later stages, and any may be it.
     """
-    if job.schedule in ("zbv", "interleaved-zb"):
-        return max(stage.high for stage in memory_of(job))
-    return max(stage.high for stage in memory_of(job, (0, 1, job.pipeline - 1)))
+    first = memory_of(job, (0,))[0].high
+    if job.pipeline == 1 or first > enough:
+        return first
+    zero_bubble = job.schedule in ("zbv", "interleaved-zb")
+    others = range(1, job.pipeline) if zero_bubble else (1, job.pipeline - 1)
+    return max(first, *(stage.high for stage in memory_of(job, others)))
 
 
 def _plainness(job: Job) -> tuple[int, ...]:
