@@ -208,8 +208,9 @@ def work_of(
         shapes = ((C, H * D / t), (C, kv / 2), (C, kv / 2), (H * D / t, C), *((C, F / t),) * up, (F / t, C))
     flash = attention != "unfused"
     inner = T * ((3 * up + 1) * F / t + 2 * (H * D / t + kv))
-    if fused:  # SwiGLU reads and writes 3 forward and 5 backward, GELU 2 and 3; rotation q and k, both ways
-        inner = T * ((8 if up == 2 else 5) * F / t + 4 * (H * D / t + kv / 2)) / 3
+    if fused:  # reads and writes both ways: SwiGLU 3 and 5, GELU 2 and 3; of q and k rotation 2 and 2, a norm 2 and 3
+        heads = H * D / t + kv / 2
+        inner = T * ((8 if up == 2 else 5) * F / t + (9 if m.qk_norm else 4) * heads) / 3
     return Work(
         products=tuple((2 * T * a * b, min(T, a, b)) for a, b in shapes),
         scores=4 * T * (seen or visible_keys(m, S) / S) * H * D / t if flash else 0.0,
@@ -270,6 +271,10 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     traffic = (k.passes * work.residual + 3 * work.inner) * bytes_ / rates.bandwidth
     if job.software == "bigtrain":  # keys for every head: read and written; of their gradients the sums
         traffic += 5 * repeated(job) * bytes_ / rates.bandwidth
+        if (
+            job.context > 1 and job.context_by == "gather"
+        ):  # gathered keys: stacked, put in order, and their slices back
+            traffic += 5 * job.context * work.kv * bytes_ / rates.bandwidth
     if job.precision == "fp8":  # read as 16 bits, written as 8, as it is and transposed
         traffic += 4 * work.casts / rates.bandwidth
     if job.compiled:
@@ -286,9 +291,10 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     again = 0.0
     if job.recompute == "full":
         again = forward
-        if job.software == "bigtrain" and job.zero != 3 and job.tensor == 1:
+        halves = job.pipeline > 1 and job.schedule in ("zbv", "interleaved-zb")
+        if job.software == "bigtrain" and job.zero != 3 and job.tensor == 1 and not halves:
             # torch's checkpoint stops before the last product, which nothing backward needs; not under ZeRO 3's hooks,
-            # nor where that product and its communication are one function
+            # nor where that product is one function with its communication or the halves of its gradient
             again -= _product(work.products[-1], rates.products, k) / 3
     elif job.recompute == "selective":
         again = scores
