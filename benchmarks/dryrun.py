@@ -39,7 +39,10 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("llama-8b", 64, 'tensor=4 recompute="selective"'),
     ("llama-1b", 8, "zero=0"),
     ("llama-1b", 8, "zero=2"),
+    ("llama-1b", 8, 'pipeline=4 schedule="zbv" chunks=2 zero=0 recompute="none"'),
+    ("llama-1b", 8, 'pipeline=2 schedule="interleaved-zb" chunks=3 zero=0 recompute="full"'),
     ("qwen3-0.6b", 8, "zero=1"),
+    ("qwen3-0.6b", 16, "pipeline=4 zero=1 context=2"),
     ("gpt2-124m", 8, "zero=1"),
 )
 """Config, GPUs, and what is set in [layout]."""

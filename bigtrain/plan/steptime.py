@@ -271,9 +271,8 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     traffic = (k.passes * work.residual + 3 * work.inner) * bytes_ / rates.bandwidth
     if job.software == "bigtrain":  # keys for every head: read and written; of their gradients the sums
         traffic += 5 * repeated(job) * bytes_ / rates.bandwidth
-        if (
-            job.context > 1 and job.context_by == "gather"
-        ):  # gathered keys: stacked, put in order, and their slices back
+        if job.context > 1 and job.context_by == "gather":
+            # gathered keys are stacked and put in order, and slices of their gradients joined
             traffic += 5 * job.context * work.kv * bytes_ / rates.bandwidth
     if job.precision == "fp8":  # read as 16 bits, written as 8, as it is and transposed
         traffic += 4 * work.casts / rates.bandwidth
