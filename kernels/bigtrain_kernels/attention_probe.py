@@ -47,34 +47,22 @@ def differences(
         window: dict[str, Any] = {"scale": dim**-0.5, "left": left, "right": right}
         numbers = attention_backward.Numbers(**window, softcap=0.0)
         out, lse = attention_forward.forward(q, k, v, cu, cu, None, **window, softcap=0.0)
-        given = (
-            q,
-            k,
-            v,
-            grad,
-            *attention_backward.terms(grad, torch.zeros_like(lse), out, lse),
-            cu,
-            cu,
-            numbers,
-        )
-
-        def ours(forward: Any = forward, backward: Any = backward, q: Any = q, k: Any = k, v: Any = v,
-                 cu: Any = cu, window: Any = window, given: Any = given) -> list[torch.Tensor]:  # fmt: skip
-            first = forward.forward(q, k, v, cu, cu, None, **window)
-            return [*first, backward.queries_gradient(*given), *backward.keys_gradient(*given)]
-
-        theirs = [
-            out,
-            lse,
-            attention_backward.queries_gradient(*given),
-            *attention_backward.keys_gradient(*given),
+        terms = attention_backward.terms(grad, torch.zeros_like(lse), out, lse)
+        given = (q, k, v, grad, *terms, cu, cu, numbers)
+        theirs = [out, lse, *_gradients(attention_backward, given)]
+        ours = [
+            [*forward.forward(q, k, v, cu, cu, None, **window), *_gradients(backward, given)]
+            for _ in range(2)
         ]
-        for name, found, again, wanted in zip(
-            ("out", "lse", "dq", "dk", "dv"), ours(), ours(), theirs, strict=True
-        ):
+        for name, found, again, wanted in zip(("out", "lse", "dq", "dk", "dv"), *ours, theirs, strict=True):
             where = f"{name} of documents {lengths}, window {left}, {right}, heads of {dim}, {dtype}"
             error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
             yield where, error if torch.equal(found, again) else 1.0
+
+
+def _gradients(kernels: Any, given: tuple[Any, ...]) -> list[torch.Tensor]:
+    """dq, dk and dv."""
+    return [kernels.queries_gradient(*given), *kernels.keys_gradient(*given)]
 
 
 def allowed(dtype: torch.dtype) -> float:

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as bigtrain.cli does before it imports torch
+
 from bigtrain.cli import main
 from bigtrain.model.batch import Batch
 
