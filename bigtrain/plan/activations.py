@@ -187,9 +187,8 @@ class Flight(NamedTuple):
 
 def in_layers(job: Job, stage: int, layers: tuple[int, ...]) -> Flight:
     """Of a rank whose chunks have so many layers."""
-    zero_bubble = job.schedule in ("zbv", "interleaved-zb")
     p, n = job.pipeline, job.microbatches
-    if p == 1 or not (zero_bubble or (job.schedule == "interleaved" and len(set(layers)) > 1)):
+    if p == 1 or not (job.zero_bubble or (job.schedule == "interleaved" and len(set(layers)) > 1)):
         whole, half = in_flight(job, stage)
         each = sum(layers) / len(layers)
         once = AtOnce(whole * each, half * each, whole)

@@ -71,6 +71,11 @@ class Job:
         return self.attention == "masked" and not whole
 
     @property
+    def zero_bubble(self) -> bool:
+        """Whether the schedule runs backward passes in halves."""
+        return self.pipeline > 1 and self.schedule in ("zbv", "interleaved-zb")
+
+    @property
     def ranks(self) -> int:
         """GPUs in use."""
         return self.pipeline * self.data * self.context * self.tensor

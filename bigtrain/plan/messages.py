@@ -21,8 +21,7 @@ from bigtrain.plan.states import Limits, zero_limits
 def level_3(model: ModelConfig, tensor: int, recompute: bool) -> int:
     """All-gathers and reduce-scatters of one of `tensor` ranks."""
     block, table, limits = _sizes(model, tensor)
-    gathers = _gathers(model, block, table, limits.live, limits.ahead, recompute)
-    return gathers + _buckets(model, block, table, limits.bucket)
+    return _gathers(model, block, table, limits, recompute) + _buckets(model, block, table, limits.bucket)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -47,9 +46,7 @@ def _matrices(m: ModelConfig, tensor: int) -> Iterator[float]:
     yield from (heads, kv, kv, heads, *(m.width * m.ffn / tensor,) * (up + 1))
 
 
-def _gathers(
-    m: ModelConfig, block: list[float], table: float, live: float, prefetch: float, recompute: bool
-) -> int:
+def _gathers(m: ModelConfig, block: list[float], table: float, limits: Limits, recompute: bool) -> int:
     ends = {"embedding": table}, {"embedding" if m.tied else "head": table}
     blocks = [{f"{i}.{j}": size for j, size in enumerate(block)} for i in range(m.layers)]
     order = [ends[0], *blocks, ends[1], ends[1], *reversed(blocks), ends[0]]
@@ -63,7 +60,7 @@ def _gathers(
             coming.popleft()
         backward = m.layers + 2 < i < len(order) - 1
         for _ in range(2 if backward and recompute else 1):  # computed again, a block is entered twice
-            room, ahead = min(live - sum(here.values()), prefetch), 0.0
+            room, ahead = min(limits.live - sum(here.values()), limits.ahead), 0.0
             while coming and ahead < room:
                 _, name, size = coming.popleft()
                 if name not in here:

@@ -377,8 +377,7 @@ def fullest(job: Job, enough: float = math.inf) -> float:
     first = memory_of(job, (0,))[0].high
     if job.pipeline == 1 or first > enough:
         return first
-    zero_bubble = job.schedule in ("zbv", "interleaved-zb")
-    others = range(1, job.pipeline) if zero_bubble else (1, job.pipeline - 1)
+    others = range(1, job.pipeline) if job.zero_bubble else (1, job.pipeline - 1)
     return max(first, *(stage.high for stage in memory_of(job, others)))
 
 

@@ -290,8 +290,7 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     again = 0.0
     if job.recompute == "full":
         again = forward
-        halves = job.pipeline > 1 and job.schedule in ("zbv", "interleaved-zb")
-        if job.software == "bigtrain" and job.zero != 3 and job.tensor == 1 and not halves:
+        if job.software == "bigtrain" and job.zero != 3 and job.tensor == 1 and not job.zero_bubble:
             # torch's checkpoint stops before the last product, which nothing backward needs; not under ZeRO 3's hooks,
             # nor where that product is one function with its communication or the halves of its gradient
             again -= _product(work.products[-1], rates.products, k) / 3
