@@ -3,8 +3,10 @@
 python benchmarks/plan.py [DATA] [--rows FILE.csv ...] [--folds 5] [--fit] [--out benchmarks/results/plan.json]
 
 DATA holds published_runs.csv, megatron_ci_memory.csv and vtrain_single_node.csv. Each configuration group is in one
-fold; its rows are judged with constants fitted to the other folds. --fit fits to all rows and prints the constants for
-bigtrain/plan/constants.py. --rows judges further CSVs of the same columns with the shipped constants.
+fold; its rows are judged with constants fitted to the other folds, and once more corrected by what the runs of the
+other folds say (`bigtrain plan --calibration`), as for a user who has measured some layouts and plans others. --fit
+fits to all rows and prints the constants for bigtrain/plan/constants.py. --rows judges further CSVs of the same
+columns with the shipped constants, and once more corrected by DATA.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.plan_rows import Row, read_rows
+from bigtrain.plan.calibration import NEUTRAL, Calibration, Finding, Shape
 from bigtrain.plan.constants import CONSTANTS, Constants
+from bigtrain.plan.hardware import Cluster
+from bigtrain.plan.job import Job
 from bigtrain.plan.memory import memory_of
-from bigtrain.plan.steptime import time_of
+from bigtrain.plan.steptime import StepTime, time_of
 
 FITTED = [f.name for f in dataclasses.fields(Constants) if f.name != "spread"]
 START = Constants(
@@ -85,13 +91,26 @@ WEIGHTS = {"vTrain-single": 0.33}
 FILES = ("published_runs.csv", "vtrain_single_node.csv", "megatron_ci_memory.csv")
 
 
-def planned(row: Row, constants: Constants) -> float:
+@dataclass(frozen=True)
+class Known:
+    """What the planner goes by."""
+
+    constants: Constants
+    calibration: Calibration = NEUTRAL
+
+    def time(self, job: Job, cluster: Cluster) -> StepTime:
+        """Of a step, corrected."""
+        factor = self.calibration.correction(job, cluster.gpu.name).time_factor
+        return time_of(job, cluster, self.constants).times(factor)
+
+
+def planned(row: Row, known: Known) -> float:
     """Seconds of a step; of several possible jobs the fastest that fits."""
     fitting = [job for job in row.jobs if len(row.jobs) == 1 or _fits(row, job)] or list(row.jobs)
-    return min(time_of(job, row.cluster, constants).total for job in fitting)
+    return min(known.time(job, row.cluster).total for job in fitting)
 
 
-def _fits(row: Row, job: Any) -> bool:
+def _fits(row: Row, job: Job) -> bool:
     return max(stage.total for stage in memory_of(job)) <= row.cluster.gpu.memory_gib * 2**30
 
 
@@ -150,28 +169,39 @@ def _constants(x: np.ndarray) -> Constants:
     return dataclasses.replace(CONSTANTS, **values)
 
 
-def held_out(rows: Sequence[Row], folds: int) -> dict[str, Constants]:
-    """For every group the constants that were fitted without its fold."""
+def held_out(rows: Sequence[Row], folds: int) -> dict[str, Known]:
+    """For every group the constants that were fitted without its fold, and what that fold's other runs say."""
     groups = sorted({r.group for r in rows})
     random.Random(1).shuffle(groups)
-    found: dict[str, Constants] = {}
+    found: dict[str, Known] = {}
     for i in range(folds):
         out = set(groups[i::folds])
-        constants = fit([r for r in rows if r.group not in out])
-        found |= dict.fromkeys(out, constants)
+        others = [r for r in rows if r.group not in out]
+        constants = fit(others)
+        found |= dict.fromkeys(out, Known(constants, calibration(others, constants)))
         print(f"fold {i + 1} of {folds} fitted", flush=True)
     return found
 
 
-def table(rows: Sequence[Row], constants: Callable[[Row], Constants]) -> dict[str, Any]:
+def calibration(rows: Sequence[Row], constants: Constants) -> Calibration:
+    """What the rows that leave nothing open say."""
+    found = []
+    for row in rows:
+        if row.seconds and row.specified:
+            job = row.jobs[0]
+            factor = row.seconds / time_of(job, row.cluster, constants).total
+            found.append(Finding(row.name, row.cluster.gpu.name, Shape.of(job), factor, 0.0))
+    return Calibration(tuple(found))
+
+
+def table(rows: Sequence[Row], knows: Callable[[Row], Known]) -> dict[str, Any]:
     """Errors of step time by source, of memory, and the regret of choosing layouts."""
     errors: dict[str, list[float]] = defaultdict(list)
     memory: dict[str, list[float]] = defaultdict(list)
     inside, open_inside = [], []
     for row in rows:
         if row.seconds:
-            k = constants(row)
-            times = [time_of(job, row.cluster, k) for job in row.jobs]
+            times = [knows(row).time(job, row.cluster) for job in row.jobs]
             low, high = min(t.low for t in times), max(t.high for t in times)
             (inside if row.specified else open_inside).append(low <= row.seconds <= high)
             if row.specified:
@@ -184,7 +214,7 @@ def table(rows: Sequence[Row], constants: Callable[[Row], Constants]) -> dict[st
         "step_time": {name: _summary(e) for name, e in sorted(errors.items())}
         | {"all": _summary(_all(errors))},
         "memory": {name: _summary(e) for name, e in sorted(memory.items())} | {"all": _summary(_all(memory))},
-        "layout_regret": _regret(rows, constants),
+        "layout_regret": _regret(rows, knows),
         "inside_90_interval": {"specified": _share(inside), "not_specified": _share(open_inside)},
     }
 
@@ -211,7 +241,7 @@ def _summary(errors: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _regret(rows: Sequence[Row], constants: Callable[[Row], Constants]) -> dict[str, float]:
+def _regret(rows: Sequence[Row], knows: Callable[[Row], Known]) -> dict[str, float]:
     """Measured time of the layout that the planner calls fastest over the fastest measured, minus 1."""
     sets: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -220,7 +250,7 @@ def _regret(rows: Sequence[Row], constants: Callable[[Row], Constants]) -> dict[
     regrets = []
     for some in sets.values():
         if len({r.jobs for r in some}) > 1:
-            chosen = min(some, key=lambda r: planned(r, constants(r)))
+            chosen = min(some, key=lambda r: planned(r, knows(r)))
             regrets.append(chosen.seconds / min(r.seconds for r in some) - 1)  # type: ignore[operator,type-var]
     best = sum(r < 1e-9 for r in regrets)
     return {
@@ -243,6 +273,16 @@ def show(found: dict[str, Any]) -> None:
     print(f"inside the 90 % interval: {i['specified']}, rows that leave something open: {i['not_specified']}")
 
 
+def _all_rows(data: Path) -> list[Row]:
+    return [row for name in FILES for row in read_rows(data / name)]
+
+
+def _unlike(rows: Sequence[Row], data: Path) -> list[Row]:
+    """Those in `data` of groups that `rows` has nothing of."""
+    groups = {row.group for row in rows}
+    return [row for row in _all_rows(data) if row.group not in groups]
+
+
 def main() -> None:
     """Fit and judge."""
     parser = argparse.ArgumentParser(
@@ -256,18 +296,26 @@ def main() -> None:
     options = parser.parse_args()
     for path in options.rows:
         print(f"{path} with the shipped constants")
-        show(table(read_rows(path), lambda _: CONSTANTS))
+        others = read_rows(path)
+        show(table(others, lambda _: Known(CONSTANTS)))
+        if options.data.is_dir():
+            known = Known(CONSTANTS, calibration(_unlike(others, options.data), CONSTANTS))
+            print(f"\ncorrected by the runs of {options.data} that are of other groups")
+            show(table(others, lambda _, known=known: known))
     if options.rows:
         return
-    rows = [row for name in FILES for row in read_rows(options.data / name)]
+    rows = _all_rows(options.data)
     if options.fit:
         constants = fit(rows)
-        show(table(rows, lambda _: constants))
+        show(table(rows, lambda _: Known(constants)))
         print("\n".join(f"    {name}: float = {getattr(constants, name):g}" for name in FITTED))
         return
     by_group = held_out(rows, options.folds)
-    found = table(rows, lambda row: by_group[row.group])
+    found = table(rows, lambda row: Known(by_group[row.group].constants))
     show(found)
+    calibrated = table(rows, lambda row: by_group[row.group])
+    print("\ncorrected by the runs of the other folds")
+    show(calibrated)
     if options.out:
         about = {
             "what": f"errors in per cent on rows left out of the fit, {options.folds} folds over configuration groups",
@@ -276,7 +324,7 @@ def main() -> None:
             "constants_fitted": len(FITTED),
             "spread": CONSTANTS.spread,
         }
-        options.out.write_text(json.dumps(about | found, indent=1) + "\n")
+        options.out.write_text(json.dumps(about | found | {"calibrated": calibrated}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

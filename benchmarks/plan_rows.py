@@ -24,7 +24,8 @@ OLD: dict[str, Any] = {"overlap": False, "gradient_bytes": 2}
 OVERLAPPED = ("NeMo", "AsyncTP", "tp-comm-overlap")
 """Tensor communication behind products: of NeMo's configs, and where a row's notes say so."""
 MICROBATCHES = (1, 2, 4, 8, 16)
-CHUNKS = (1, 2, 3, 4, 5, 6, 8)
+UNTOLD = ("VPP not", "chunks not published")
+"""Notes of rows whose column of virtual stages says 1 because a source does not tell."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ def _published(row: Mapping[str, str]) -> Row | None:
         tensor_overlap=any(word in row["framework"] + row["notes"] for word in OVERLAPPED),
         **(OLD if row["source"] in ("vTrain-multi", "SC21-T1", "SC21-T2", "RAR-T5", "RAR-txt") else {}),
     )
-    jobs = tuple(_possible(base, row["micro_batch"], row["vpp"]))
+    told = not any(words in row["notes"] for words in UNTOLD)
+    jobs = tuple(_possible(base, row["micro_batch"], row["vpp"] if told else ""))
     network = NETWORKS.get(row["interconnect"], "ndr400x8")
     return Row(
         row["id"],
@@ -173,7 +175,8 @@ def _possible(base: Job, microbatch: str, chunks: str) -> Iterator[Job]:
     """The job, or all that it may be where microbatch or chunks are not told."""
     each = base.global_batch // base.data
     sizes = [int(float(microbatch))] if microbatch else [b for b in MICROBATCHES if each % b == 0] or [1]
-    likely = [v for v in CHUNKS if _even(base.model.layers, base.pipeline, v)]
+    most = base.model.layers // base.pipeline
+    likely = [v for v in range(1, most + 1) if _even(base.model.layers, base.pipeline, v)]
     counts = [int(chunks)] if chunks else likely or [1]
     for size in sizes:
         for count in counts if base.pipeline > 1 else [1]:

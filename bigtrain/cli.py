@@ -166,7 +166,8 @@ examples:
   bigtrain plan --budget 5000gpuh --gpu h100 --out mine.toml        model, data, rate, batch and layout as a config
   bigtrain plan llama-70b --gpus 512 --gpu h200 --pictures plots/   memory, pipeline and scaling as PNGs
   bigtrain plan llama-405b --gpus 16384 --dry-run                   run the real code with fake tensors, compare
-  bigtrain plan --calibrate runs/mine                               compare a finished run; then --calibration FILE
+  bigtrain plan --calibrate runs/a runs/b --out measured.toml       compare finished runs with their plans, then
+  bigtrain plan llama-8b --gpus 64 --layout auto --calibration measured.toml  corrected, by shape where one ran it
 
 Amounts: 2T, 15e12, 500B; 5000gpuh, 20000usd (with --price). Leaves with 1 when the layout does not fit the card.""",
     )
@@ -189,9 +190,14 @@ Amounts: 2T, 15e12, 500B; 5000gpuh, 20000usd (with --price). Leaves with 1 when 
         "--dry-run", action="store_true", help="execute a step's real code with fake tensors; compare"
     )
     p.add_argument(
-        "--calibrate", metavar="RUN", help="compare a finished run with its plan, store the correction"
+        "--calibrate",
+        nargs="+",
+        metavar="RUN",
+        help="compare finished runs with their plans, store what they say",
     )
-    p.add_argument("--calibration", metavar="FILE", help="correct by what --calibrate stored")
+    p.add_argument(
+        "--calibration", metavar="FILE", help="correct times, bytes and the search by what --calibrate stored"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.set_defaults(run_verb=_plan)
 

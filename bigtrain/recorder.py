@@ -23,7 +23,7 @@ from bigtrain.guard import Finding, Guard, missing
 from bigtrain.heldout import HeldOut
 from bigtrain.interop.initial import start_from
 from bigtrain.metrics import EventRecord, Meter, peak_flops, read_records, recent_losses
-from bigtrain.plan.calibration import beside_plan
+from bigtrain.plan.comparison import beside_plan
 from bigtrain.plan.flops import flops_per_token
 from bigtrain.plan.scaling import Suggestion
 from bigtrain.run_data import differences, facts, shares

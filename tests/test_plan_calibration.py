@@ -1,119 +1,115 @@
-"""Predicted against measured: what of a run counts, and how the correction is stored and applied."""
+"""What measured runs correct: jobs of their shapes, others on their GPU, the search; and the file they are in."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from bigtrain.cli import main
-from bigtrain.config import Config
-from bigtrain.configfile import find_config, load, render
+from bigtrain.configfile import find_config, load
 from bigtrain.errors import UserError
-from bigtrain.metrics import to_json
-from bigtrain.plan.calibration import WARM_UP, Calibration, beside_plan, measured, read, save
-from bigtrain.plan.estimate import estimate
+from bigtrain.plan.calibration import NEUTRAL, Calibration, Correction, Finding, Shape, read, save
 from bigtrain.plan.hardware import cluster_of
-from bigtrain.plan.job import job_of
-from bigtrain.plan.memory import memory_of
-from bigtrain.plan.steptime import time_of
-from tests.test_console import RECORD
+from bigtrain.plan.job import Job, job_of
+from bigtrain.plan.search import search
 
-STEP = 4194304
 CONFIG = load(find_config("llama-8b"))
+JOB, GPU = job_of(CONFIG, 64), cluster_of("h100", 64).gpu.name
 
 
-def records(seconds: list[float], *, pause_before: int = 0, size: int = STEP) -> list[dict[str, Any]]:
-    """Steps that took so long; an hour's pause before one of them."""
-    found, now = [], 1.8e9
-    for step, took in enumerate(seconds, 1):
-        now += took + 3600 * (step == pause_before)
-        record = replace(
-            RECORD, step=step, tokens=step * size, seconds=took, time=now, memory_bytes=50 * 2**30
+def finding(job: Job, factor: float, *, gpu: str = GPU, offset: float = 0.0) -> Finding:
+    return Finding('a "run"\nhere', gpu, Shape.of(job), factor, offset)
+
+
+def test_runs_of_the_same_shapes_decide_then_those_of_the_gpu() -> None:
+    wider = replace(JOB, tensor=8, microbatch=4)
+    other = replace(JOB, software="Megatron-LM")
+    known = Calibration(
+        (
+            finding(JOB, 1.1),
+            finding(JOB, 1.3),
+            finding(replace(JOB, data=2, zero=0, pipeline=4), 1.2),
+            finding(wider, 2.0),
+            finding(JOB, 5.0, gpu="a100-80gb"),
         )
-        found.append(json.loads(to_json(record)))
-    return found
+    )
+    assert known.correction(JOB, GPU) == (pytest.approx(1.2), 3, True), "depth and ranks do not matter"
+    assert known.correction(wider, GPU) == (pytest.approx(2.0), 1, True)
+    unmeasured = replace(JOB, microbatch=16)
+    assert known.correction(unmeasured, GPU) == (pytest.approx((1.2 * 1.3) ** 0.5), 4, False)
+    assert known.correction(other, GPU) == Correction(1.0, 0, False), "another framework says nothing"
+    assert known.correction(JOB, "b200") == Correction(1.0, 0, False)
+    assert NEUTRAL.correction(JOB, GPU) == Correction(1.0, 0, False)
 
 
-def written(
-    run: Path, seconds: list[float], *, gpu: str | None = "NVIDIA H100 80GB HBM3", world: int = 64
-) -> Path:
-    run.mkdir()
-    (run / "config.toml").write_text(render(CONFIG))
-    hosts = [f"node{i}" for i in range(-(-world // 8))]
-    hardware = {"cpu": "x"} | ({"gpu": gpu} if gpu else {})
-    attempts = [{"world": world, "hosts": hosts, "hardware": hardware}]
-    (run / "provenance.json").write_text(json.dumps({"attempts": attempts}))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(seconds)))
-    return run
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"microbatch": 8},
+        {"tensor": 8},
+        {"context": 2},
+        {"sequence_length": 1024},
+        {"recompute": "none"},
+        {"precision": "fp16"},
+        {"kernels": not JOB.kernels},
+        {"model": CONFIG.model.model_copy(update={"ffn_width": 1024})},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_a_kernels_work_is_another_shape(change: dict[str, object]) -> None:
+    assert Shape.of(replace(JOB, **change)) != Shape.of(JOB)  # type: ignore[arg-type]
 
 
-def test_warm_up_restarts_and_other_batches_do_not_count() -> None:
-    found = measured(records([60.0] * WARM_UP + [10.0, 12.0, 99.0, 11.0], pause_before=WARM_UP + 3), STEP)
-    assert found is not None
-    assert (found.seconds, found.steps, found.memory) == (11.0, 3, 50 * 2**30)
-    assert measured(records([10.0] * 20), STEP // 2) is None
-    assert measured(records([10.0] * WARM_UP), STEP) is None
+def test_offsets_are_of_the_gpu() -> None:
+    known = Calibration((finding(JOB, 1, offset=3e9), finding(JOB, 1, offset=5e9, gpu="b200")))
+    assert [known.memory_offset(gpu) for gpu in (GPU, "b200", "h200")] == [3e9, 5e9, 0.0]
 
 
-def test_a_run_is_compared_and_its_correction_makes_the_next_plan_right(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cluster, job = cluster_of("h100", 64), job_of(CONFIG, 64)
-    run = written(tmp_path / "run", [15.0] * 20)
-    assert main(["plan", "--calibrate", str(run)]) == 0
-    text = capsys.readouterr().out
-    time = time_of(job, cluster)
-    assert f"({15.0 / time.total - 1:+.1%}" in text
-    found = read(run / "calibration.toml")
-    assert found.time_factor == pytest.approx(15.0 / time.total)
-    first = memory_of(job)[0]
-    assert found.memory_offset == pytest.approx(50 * 2**30 - (first.total - first.unseen))
-    e = estimate(CONFIG, job, cluster, calibration=found)
-    assert e.step.point == pytest.approx(15.0)
-    assert e.memory[0].point == pytest.approx(50 * 2**30 + first.unseen)
-    assert e.speed.point == pytest.approx(STEP / 15.0 / 64)
-    command = ["plan", "llama-8b", "--gpus", "64", "--json", "--calibration", str(run / "calibration.toml")]
-    assert main(command) == 0
-    assert json.loads(capsys.readouterr().out)["step_seconds"]["point"] == pytest.approx(15.0)
+def test_the_search_goes_by_what_was_measured() -> None:
+    cluster = cluster_of("h100", 64)
+    best = search(CONFIG, cluster).best[0]
+    slow = search(CONFIG, cluster, calibration=Calibration((finding(best.job, 3.0), finding(JOB, 1.0))))
+    assert Shape.of(slow.best[0].job) != Shape.of(best.job), "its shapes take three times as long"
+    everywhere = search(CONFIG, cluster, calibration=Calibration((finding(best.job, 3.0),)))
+    assert everywhere.best[0].job == best.job, "one run says the same of all"
+    assert everywhere.best[0].time.total == pytest.approx(3 * best.time.total)
+    assert everywhere.best[0].time.mfu == pytest.approx(best.time.mfu / 3)
 
 
-def test_at_the_end_of_a_run_on_known_gpus() -> None:
-    text = beside_plan(CONFIG, "NVIDIA H100 80GB HBM3", 64, 8, records([15.0] * 20))
-    assert text.startswith("step time")
-    assert "15 s measured" in text
-    assert "50 GiB measured" in text
-    assert beside_plan(CONFIG, "Potato 3000", 64, 8, records([15.0] * 20)) == ""
-    assert beside_plan(CONFIG, "NVIDIA H100 80GB HBM3", 64, 8, records([15.0] * 3)) == ""
-    lstm: Config = load(find_config("lstm"))
-    of_lstm = records([1.0] * 20, size=16 * 128)
-    assert "1 s measured" in beside_plan(lstm, "NVIDIA H100 80GB HBM3", 1, 1, of_lstm)
-
-
-def test_runs_that_tell_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cases = {
-        "short": (written(tmp_path / "short", [15.0] * 3), "no full step after the first 5"),
-        "cpu": (written(tmp_path / "cpu", [15.0] * 20, gpu=None), "ran on CPUs"),
-        "odd": (written(tmp_path / "odd", [15.0] * 20, gpu="Potato 3000"), "Potato 3000"),
-    }
-    bare = written(tmp_path / "bare", [15.0] * 20)
-    (bare / "provenance.json").write_text("{}")
-    for run, words in [*cases.values(), (bare, "tells not where it ran")]:
-        assert main(["plan", "--calibrate", str(run)]) == 2
-        assert words in capsys.readouterr().err
+def test_the_search_knows_what_memory_was_missing() -> None:
+    cluster = cluster_of("h100", 64)
+    best = search(CONFIG, cluster).best[0]
+    most = cluster.gpu.memory_gib * 2**30
+    missing = most - best.bytes + 2**30
+    found = search(CONFIG, cluster, calibration=Calibration((finding(best.job, 1.0, offset=missing),)))
+    assert found.best
+    assert all(layout.bytes <= most for layout in found.best)
+    assert best.job not in [layout.job for layout in found.best]
+    assert found.best[0].time.total > best.time.total
 
 
 def test_reads_back_and_refuses_others(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    mine = Calibration(1.25, -3e9, 'a "run"\nhere')
+    mine = Calibration((finding(JOB, 1.25, offset=-3e9), finding(replace(JOB, tensor=2), 0.5)))
     save(mine, file)
     assert read(file) == mine
-    for text in ("time_factor = 0.0\nmemory_offset = 0.0", "x = 1", "time_factor = [", 'time_factor = "a"'):
-        file.write_text(text)
-        with pytest.raises(UserError):
+    good = file.read_text()
+    for old, new in [
+        ("time_factor = 1.25", "time_factor = 0.0"),
+        ("time_factor = 1.25", 'time_factor = "a"'),
+        ("memory_offset = -3000000000.0", "memory_offset = nan"),
+        ("tensor = 2", 'tensor = "2"'),
+        ("tensor = 2", "tensor = true"),
+        ("tensor = 2", ""),
+        ("[[run]]", "[run"),
+        (good, "x = 1"),
+    ]:
+        assert old in good
+        file.write_text(good.replace(old, new, 1))
+        with pytest.raises(UserError, match="calib"):
             read(file)
     with pytest.raises(UserError, match="cannot write"):
         save(mine, tmp_path / "no" / "such" / "folder.toml")
+    with pytest.raises(UserError, match="cannot read"):
+        read(tmp_path / "none.toml")

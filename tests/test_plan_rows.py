@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan import START, fit, held_out, table
+from benchmarks.plan import START, Known, fit, held_out, table
 from benchmarks.plan_rows import Row, read_rows
 from bigtrain.plan.memory import memory_of
 
@@ -76,6 +76,10 @@ def test_what_is_not_told_becomes_all_that_it_may_be(tmp_path: Path) -> None:
     assert {j.microbatch for j in row.jobs} == {1, 2, 4, 8, 16}
     assert len({j.chunks for j in row.jobs}) > 1
     assert all(j.tokens_per_step == 512 * 8192 for j in row.jobs)
+    (noted,) = read(tmp_path, PUBLISHED | {"vpp": 1, "notes": "micro-batch, VPP not in the table"})
+    assert {j.chunks for j in noted.jobs} == {j.chunks for j in row.jobs}, (
+        "the column's 1 is not the source's"
+    )
 
 
 def test_a_row_of_megatrons_tests(tmp_path: Path) -> None:
@@ -104,11 +108,15 @@ def test_a_group_is_never_judged_with_what_was_fitted_to_it(tmp_path: Path) -> N
     by_group = held_out(rows, 2)
     assert set(by_group) == {r.group for r in rows}
     assert len({id(k) for k in by_group.values()}) == 2
+    for row in rows:
+        others = {f.source for f in by_group[row.group].calibration.findings}
+        assert others, "the other fold's runs correct"
+        assert row.name not in others
     fitted = fit(rows)
     assert fitted != START
     assert (
-        table(rows, lambda _: fitted)["step_time"]["all"]["mape"]
-        < table(rows, lambda _: START)["step_time"]["all"]["mape"]
+        table(rows, lambda _: Known(fitted))["step_time"]["all"]["mape"]
+        < table(rows, lambda _: Known(START))["step_time"]["all"]["mape"]
     )
     assert 0 < fitted.matmul <= 0.95
     assert fitted.update >= 1

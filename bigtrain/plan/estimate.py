@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bigtrain.budget import BatchSchedule, Progress
 from bigtrain.config import Config
-from bigtrain.plan.calibration import NEUTRAL, Calibration
+from bigtrain.plan.calibration import NEUTRAL, Calibration, Correction
 from bigtrain.plan.constants import Constants
 from bigtrain.plan.flops import Flops, flops_per_token, non_embedding_parameters, parameters
 from bigtrain.plan.hardware import Cluster
@@ -58,6 +58,11 @@ class Estimate:
     price: float | None
     """Of a GPU-hour."""
     calibration: Calibration
+
+    @property
+    def correction(self) -> Correction:
+        """Of the step time, by measured runs."""
+        return self.calibration.correction(self.job, self.cluster.gpu.name)
 
     @property
     def capacity(self) -> float:
@@ -125,7 +130,10 @@ def estimate(
     else:
         steps = -(-tokens // job.tokens_per_step)
     time, stages = time_of(job, cluster, constants), memory_of(job)
-    more = calibration.memory_offset
+    more, correction = (
+        calibration.memory_offset(cluster.gpu.name),
+        calibration.correction(job, cluster.gpu.name),
+    )
     return Estimate(
         config=config,
         job=job,
@@ -136,7 +144,7 @@ def estimate(
         stages=stages,
         memory=[Range(s.total + more, s.low + more, s.high + more) for s in stages],
         time=time,
-        step=Range(time.total, time.low, time.high).times(calibration.time_factor),
+        step=Range(time.total, time.low, time.high).times(correction.time_factor),
         tokens=tokens,
         steps=steps,
         saves=saves_of(config, cluster),

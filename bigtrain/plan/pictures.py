@@ -11,6 +11,7 @@ from bigtrain.config import Config
 from bigtrain.errors import UserError
 from bigtrain.parallel.schedule import bubble_formula, orders, simulate
 from bigtrain.parallel.split import chunk_costs
+from bigtrain.plan.calibration import NEUTRAL, Calibration
 from bigtrain.plan.estimate import Estimate
 from bigtrain.plan.hardware import Cluster
 from bigtrain.plan.search import Layout, search, with_layout
@@ -33,7 +34,7 @@ def draw_all(e: Estimate, folder: Path) -> list[Path]:
     drawn = [draw_memory(e, folder / "memory.png")]
     if e.job.pipeline > 1:
         drawn.append(draw_pipeline(e, folder / "timeline.png"))
-    return [*drawn, draw_scaling(e.config, e.cluster, folder / "scaling.png")]
+    return [*drawn, draw_scaling(e.config, e.cluster, folder / "scaling.png", e.calibration)]
 
 
 def draw_memory(e: Estimate, out: Path) -> Path:
@@ -118,7 +119,9 @@ class Point:
         return self.layout.job.tokens_per_step / self.layout.time.total
 
 
-def scaling(config: Config, cluster: Cluster, *, weak: bool) -> list[Point]:
+def scaling(
+    config: Config, cluster: Cluster, *, weak: bool, calibration: Calibration = NEUTRAL
+) -> list[Point]:
     """The fastest layout on each doubling from a 16th of the GPUs to 16 times as many, where one fits.
 
     `weak`: the global batch grows with the GPUs (it is the config's on all of `cluster`), else it stays.
@@ -133,7 +136,8 @@ def scaling(config: Config, cluster: Cluster, *, weak: bool) -> list[Point]:
         if changed is None:
             continue
         try:
-            found = search(changed, replace(cluster, gpus=gpus), few=1, quick=True)
+            more = replace(cluster, gpus=gpus)
+            found = search(changed, more, calibration=calibration, few=1, quick=True)
         except UserError:  # the batch does not divide among so many
             continue
         if found.best:
@@ -152,11 +156,11 @@ def _batch_times(config: Config, gpus: int, base: int) -> Config | None:
     return config.model_copy(update={"train": config.train.model_copy(update=update)})
 
 
-def draw_scaling(config: Config, cluster: Cluster, out: Path) -> Path:
+def draw_scaling(config: Config, cluster: Cluster, out: Path, calibration: Calibration = NEUTRAL) -> Path:
     """Speed and MFU over the number of GPUs, the fastest layout at each, with a fixed and a growing batch."""
     figure = _figure(7.5, 6.0)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    strong, weak = (scaling(config, cluster, weak=w) for w in (False, True))
+    strong, weak = (scaling(config, cluster, weak=w, calibration=calibration) for w in (False, True))
     tokens = (strong or weak)[0].layout.job.tokens_per_step if strong or weak else 0
     curves = (
         (strong, _COLOURS[0], f"the batch stays ({tokens / 1e6:.3g}M tokens)", "o-"),

@@ -13,7 +13,8 @@ from bigtrain.config import Config
 from bigtrain.configfile import find_config, load, load_undecided
 from bigtrain.errors import RunError, UserError
 from bigtrain.metrics import read_records
-from bigtrain.plan.calibration import NEUTRAL, WARM_UP, Calibration, cluster_of_run, compare, read, save
+from bigtrain.plan.calibration import NEUTRAL, Calibration, read, save
+from bigtrain.plan.comparison import WARM_UP, Comparison, cluster_of_run, compare
 from bigtrain.plan.estimate import Estimate, Range, estimate
 from bigtrain.plan.hardware import Cluster, cluster_of, find_gpu
 from bigtrain.plan.job import Job, job_of
@@ -50,7 +51,7 @@ def plan_command(args: argparse.Namespace) -> int:
             do="plan it without --dry-run",
         )
     cluster = cluster_of(args.gpu, args.gpus, args.network, extra)
-    found = search(config, cluster) if automatic else None
+    found = search(config, cluster, calibration=calibration) if automatic else None
     job = _chosen(config, cluster, found)
     config = with_layout(config, job) if automatic else config
     e = estimate(config, job, cluster, tokens=tokens, price=price, calibration=calibration)
@@ -127,16 +128,16 @@ def _dry_run(e: Estimate) -> tuple[tuple[str, dict[str, Any]], list[str]]:
 
 def _remedy(e: Estimate, found: Found | None) -> str:
     """The nearest that fits: another layout of these GPUs, else more of them."""
-    here = found or search(e.config, e.cluster, few=1, quick=True)
+    here = found or search(e.config, e.cluster, calibration=e.calibration, few=1, quick=True)
     if not here.best:
-        here = search(e.config, e.cluster, few=1)
+        here = search(e.config, e.cluster, calibration=e.calibration, few=1)
     if here.best:
         best = here.best[0]
         return (
             f"{described(best.job)}: {gibibytes(best.bytes)}, {span(best.time.total)} a step (--layout auto)"
         )
     least = f"the smallest layout here needs {gibibytes(_smallest(here).bytes)} ({described(_smallest(here).job)})"
-    more = enough(e.config, e.cluster)
+    more = enough(e.config, e.cluster, e.calibration)
     if more is None:
         return f"nothing: {least}, and more GPUs do not help; a shorter sequence_length or another GPU would"
     gpus, layout = more
@@ -148,12 +149,12 @@ def _smallest(found: Found) -> Layout:
     return found.smallest
 
 
-def enough(config: Config, cluster: Cluster) -> tuple[int, Layout] | None:
+def enough(config: Config, cluster: Cluster, calibration: Calibration = NEUTRAL) -> tuple[int, Layout] | None:
     """The fewest doublings of the GPUs on which a layout fits; None if none does within MOST_DOUBLINGS."""
     for i in range(1, MOST_DOUBLINGS + 1):
         more = Cluster(cluster.gpu, cluster.gpus * 2**i, cluster.per_node, cluster.network)
         try:
-            found = search(config, more, few=1, quick=True)
+            found = search(config, more, calibration=calibration, few=1, quick=True)
         except UserError:  # the global batch does not divide among so many
             continue
         if found.best:
@@ -173,7 +174,13 @@ def _budget(
     template = _load(args.config, args.overrides, "auto")[0] if args.config else None
     gpu = find_gpu(args.gpu, extra)
     proposal = propose(
-        hours, gpu, gpus=args.gpus, network=args.network, extra=extra, tokens=tokens, template=template
+        *(hours, gpu),
+        gpus=args.gpus,
+        network=args.network,
+        extra=extra,
+        tokens=tokens,
+        template=template,
+        calibration=calibration,
     )
     if args.out:
         _write(Path(args.out), proposal.text, args.overwrite)
@@ -188,22 +195,31 @@ def _budget(
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    """Compare a finished run with its plan and store the correction. Raises UserError when it cannot be planned."""
-    run = Path(args.calibrate)
+    """Compare finished runs with their plans and store what they say. Raises UserError when one cannot be planned."""
+    runs = [Path(run) for run in args.calibrate]
+    if len(runs) > 1 and not args.out:
+        raise UserError("where to, of several runs?", where="--out", do="name the file to write: --out FILE")
+    out = Path(args.out or runs[0] / "calibration.toml")
+    extra = Path(args.hardware) if args.hardware else None
+    found = [_compared(run, args.network, extra) for run in runs]
+    save(Calibration(tuple(one.finding for one in found)), out)
+    if args.json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+    else:
+        print("\n".join(f"{one.finding.source}\n{one}" for one in found))
+        print(f"written to {out}; use it with --calibration {out}")
+    return 0
+
+
+def _compared(run: Path, network: str | None, extra: Path | None) -> Comparison:
     config = load(run / "config.toml")
-    cluster = cluster_of_run(run, args.network, Path(args.hardware) if args.hardware else None)
+    cluster = cluster_of_run(run, network, extra)
     world = cluster.gpus
     source = f"{config.name}: {described(job_of(config, world))} on {world} x {cluster.gpu.name}"
     found = compare(config, cluster, read_records(run / "metrics.jsonl"), source)
     if found is None:
         raise UserError(f"has no full step after the first {WARM_UP}", where=str(run), do="train longer")
-    out = Path(args.out or run / "calibration.toml")
-    save(found.calibration, out)
-    if args.json:
-        print(json.dumps(asdict(found), indent=1))
-    else:
-        print(f"{source}\n{found}\nwritten to {out}; use it with --calibration {out}")
-    return 0
+    return found
 
 
 def _write(path: Path, text: str, overwrite: bool) -> None:

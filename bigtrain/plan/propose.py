@@ -26,13 +26,14 @@ from bigtrain.config import (
 )
 from bigtrain.configfile import build
 from bigtrain.errors import UserError
+from bigtrain.plan.calibration import NEUTRAL, Calibration
 from bigtrain.plan.constants import Constants
 from bigtrain.plan.flops import flops_per_token, non_embedding_parameters, parameters
 from bigtrain.plan.hardware import Cluster, Gpu, cluster_of
 from bigtrain.plan.interval import save_plan
 from bigtrain.plan.quantities import short
 from bigtrain.plan.scaling import CHINCHILLA, Suggestion, allocation, deepseek_lr, step_law_batch, step_law_lr
-from bigtrain.plan.search import Layout, search, with_layout
+from bigtrain.plan.search import Found, Layout, search, with_layout
 
 WIDTHS = (
     256,
@@ -123,6 +124,7 @@ def propose(
     tokens: int | None = None,
     template: Config | None = None,
     constants: Constants | None = None,
+    calibration: Calibration = NEUTRAL,
 ) -> Proposal:
     """The best use of `hours` GPU-hours. `gpus`: on so many; `tokens`: with so much data (the largest model that
     sees it all); `template`: its model and data stay, only budget, rate, batch and layout are proposed.
@@ -131,7 +133,8 @@ def propose(
     """
     counts = [gpus] if gpus else [gpus_for(hours, gpu) * 2**i for i in range(4)]
     for count in counts:
-        asked = _Asked(hours, cluster_of(gpu.name, count, network, extra), tokens, template, constants)
+        cluster = cluster_of(gpu.name, count, network, extra)
+        asked = _Asked(hours, cluster, tokens, template, constants, calibration)
         best = _climb(asked)
         if best is not None:
             return _finished(asked, best)
@@ -152,11 +155,17 @@ class _Asked:
     tokens: int | None
     template: Config | None
     constants: Constants | None
+    calibration: Calibration
 
     @property
     def seconds(self) -> float:
         """Wall time of the run."""
         return self.hours / self.cluster.gpus * 3600
+
+    def search(self, draft: Config) -> Found:
+        """The best of the likely layouts."""
+        more: dict[str, Any] = {"constants": self.constants, "calibration": self.calibration}
+        return search(draft, self.cluster, few=1, quick=True, **more)
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,7 @@ def _afford(asked: _Asked, model: ModelConfig) -> _Try | None:
     while True:
         draft = _drafted(asked, model, length, batch, batch)
         try:
-            found = search(draft, asked.cluster, constants=asked.constants, few=1, quick=True)
+            found = asked.search(draft)
         except UserError:  # so few sequences, layers and heads do not occupy so many GPUs
             return None
         if not found.best:

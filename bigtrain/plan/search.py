@@ -18,6 +18,7 @@ from typing import Literal
 from bigtrain.budget import BatchSchedule
 from bigtrain.config import Config, LayoutConfig
 from bigtrain.errors import UserError
+from bigtrain.plan.calibration import NEUTRAL, Calibration
 from bigtrain.plan.constants import Constants
 from bigtrain.plan.hardware import Cluster
 from bigtrain.plan.job import Job, job_of
@@ -281,20 +282,21 @@ def search(
     cluster: Cluster,
     *,
     constants: Constants | None = None,
+    calibration: Calibration = NEUTRAL,
     few: int = 5,
     quick: bool = False,
 ) -> Found:
     """Compare all legal layouts of `config` on all GPUs of `cluster`; its own [layout] does not count.
 
-    `quick` compares some hundreds of the likely ones. When none fits, the search is repeated with the optimizer state
-    in host memory. Raises UserError when no layout can run at all: heads, layers and batch do not divide among so
-    many ranks, or the engine is made for one process.
+    Times and bytes are corrected by `calibration`. `quick` compares some hundreds of the likely ones. When none fits,
+    the search is repeated with the optimizer state in host memory. Raises UserError when no layout can run at all:
+    heads, layers and batch do not divide among so many ranks, or the engine is made for one process.
     """
     if config.layout.engine == "reference" and cluster.gpus > 1:
         raise UserError(
             "the reference engine runs in one process", where="layout.engine", do='use engine = "auto"'
         )
-    asked = _Asked(config, cluster, constants, few, quick)
+    asked = _Asked(config, cluster, constants, calibration, few, quick)
     found = _search(asked, offload=config.layout.offload == "optimizer")
     if found.best or found.offload or config.optim.kind == "muon":
         return found
@@ -307,15 +309,22 @@ class _Asked:
     config: Config
     cluster: Cluster
     constants: Constants | None
+    calibration: Calibration
     few: int
     quick: bool
+
+    def time(self, job: Job) -> StepTime:
+        """Of a step, corrected."""
+        step = time_of(job, self.cluster, self.constants)
+        factor = self.calibration.correction(job, self.cluster.gpu.name).time_factor
+        return step if factor == 1 else step.times(factor)
 
 
 def _search(asked: _Asked, *, offload: bool) -> Found:
     began = time.perf_counter()
     config, cluster = asked.config, asked.cluster
     rules, base = Rules.of(config, cluster.gpus, offload=offload and cluster.gpus > 1), base_job(config)
-    capacity = cluster.gpu.memory_gib * 2**30
+    capacity, more = cluster.gpu.memory_gib * 2**30, asked.calibration.memory_offset(cluster.gpu.name)
     fitting, larger = _Top(asked.few), _Top(3)
     families = 0
     for plain in layouts(base, rules, quick=asked.quick, recompute=("none",)):
@@ -323,10 +332,10 @@ def _search(asked: _Asked, *, offload: bool) -> Found:
         # Recomputing more only takes longer: what is not wanted for its time, or fits as it is, needs no more of it.
         kinds = [plain]
         for job in kinds:
-            step = time_of(job, cluster, asked.constants)
+            step = asked.time(job)
             if not fitting.wants(job, step.total):
                 break
-            size = fullest(job, NEARLY * capacity)
+            size = fullest(job, NEARLY * capacity - more) + more
             if size <= capacity:
                 fitting.offer(Layout(job, size, step))
                 break
@@ -334,7 +343,7 @@ def _search(asked: _Asked, *, offload: bool) -> Found:
                 larger.offer(Layout(job, size, step))
             if job is plain:
                 least = dataclasses.replace(plain, recompute="full")
-                if fullest(least, NEARLY * capacity) <= NEARLY * capacity:
+                if fullest(least, NEARLY * capacity - more) + more <= NEARLY * capacity:
                     kinds += [dataclasses.replace(plain, recompute="selective"), least]
     if families == 0 and asked.quick:
         return _search(dataclasses.replace(asked, quick=False), offload=offload)
@@ -346,7 +355,7 @@ def _search(asked: _Asked, *, offload: bool) -> Found:
             layouts(base, rules, quick=asked.quick, recompute=("full",)),
             key=lambda j: (fullest(j), _plainness(j)),
         )
-        smallest = Layout(job, fullest(job), time_of(job, cluster, asked.constants))
+        smallest = Layout(job, fullest(job) + more, asked.time(job))
     return Found(
         best=best,
         too_large=[lay for lay in larger.best() if not best or lay.time.total < best[0].time.total],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bigtrain.config import ModelConfig
@@ -27,6 +27,9 @@ from bigtrain.plan.memory import layer_parameters, layers_of_stages
 PARTS = ("compute", "tensor", "context", "data", "pipeline", "bubble", "optimizer", "fixed")
 HOST_BYTES = 20e9
 """Bytes a second between a card and host memory, with the update there: PCIe 4.0 x16 in practice."""
+HIDDEN_SPREAD = 0.29
+"""Standard deviation of a share of which only is known that it lies between 0 and 1: how much of what may run beside
+computing does. Frameworks differ in it more than in anything else."""
 LSTM_SPREAD = 0.7
 """A factor of three either way: no measurement of an LSTM was at hand."""
 
@@ -68,6 +71,11 @@ class StepTime:
     def high(self) -> float:
         """... and nineteen of twenty less than this: together an interval of 90 %."""
         return self.total * math.exp(1.645 * self.spread)
+
+    def times(self, factor: float) -> StepTime:
+        """With every part so many times as long."""
+        longer = {part: factor * getattr(self, part) for part in PARTS}
+        return replace(self, **longer, mfu=self.mfu / factor, hfu=self.hfu / factor)
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -111,18 +119,26 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
         "optimizer": update,
         "fixed": k.fixed,
     }
+    total = sum(parts.values())
     flops = job.tokens_per_step * flops_per_token(job.model, job.sequence_length).training
-    mfu = flops / (sum(parts.values()) * job.ranks * cluster.gpu.flops(job.precision))
+    mfu = flops / (total * job.ranks * cluster.gpu.flops(job.precision))
+    beside = hidden / k.hidden + (parts["tensor"] / (1 - k.hidden) if job.tensor_overlap else 0.0)
     return StepTime(
         **parts,
         tokens=job.tokens_per_step,
         gpus=job.ranks,
         mfu=mfu,
         hfu=mfu * (1 + again / 3),
-        spread=LSTM_SPREAD
-        if job.model.kind == "lstm"
-        else k.spread * (1 + 0.25 * max(0.0, math.log2(cluster.nodes / 64))),
+        spread=_spread(job, cluster, beside / total, k),
     )
+
+
+def _spread(job: Job, cluster: Cluster, beside: float, k: Constants) -> float:
+    """Standard deviation of the logarithm of the error; `beside`: communication that may be hidden, over the step."""
+    if job.model.kind == "lstm":
+        return LSTM_SPREAD
+    known = k.spread * (1 + 0.25 * max(0.0, math.log2(cluster.nodes / 64)))
+    return math.hypot(known, HIDDEN_SPREAD * beside)
 
 
 def _work(job: Job) -> Work:

@@ -102,7 +102,10 @@ def stage_rows(
 
 def _time_lines(e: Estimate) -> Iterator[str]:
     t = e.time
-    by = f", {e.calibration.time_factor:.3g} x the model's by calibration" if e.calibration.source else ""
+    by, c = "", e.correction
+    if c.runs:
+        whose = "of these shapes" if c.same_shape else "of other shapes"
+        by = f", {c.time_factor:.3g} x the model's by {c.runs} run{'s'[: c.runs > 1]} {whose}"
     yield _line("step time", f"{_range(e.step, span)}{by}")
     parts = [part for part in PARTS if getattr(t, part) > 0.0005 * t.total]
     yield _line("", ", ".join(f"{part} {span(getattr(t, part))}" for part in parts))

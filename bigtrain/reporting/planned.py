@@ -26,7 +26,7 @@ def planned(run: Watched) -> str:
 
     That is of a run on CPUs or on unknown cards, and of an LSTM.
     """
-    from bigtrain.plan.calibration import cluster_of_run, compare
+    from bigtrain.plan.comparison import cluster_of_run, compare
     from bigtrain.plan.estimate import estimate
     from bigtrain.plan.job import job_of
     from bigtrain.plan.pictures import draw_all
