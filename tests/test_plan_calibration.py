@@ -77,6 +77,15 @@ def test_the_search_goes_by_what_was_measured() -> None:
     assert everywhere.best[0].time.mfu == pytest.approx(best.time.mfu / 3)
 
 
+def test_recomputing_more_may_be_measured_to_be_faster() -> None:
+    cluster = cluster_of("h100", 64)
+    slow = search(CONFIG, cluster).best[0].job
+    assert slow.recompute == "none"
+    again = replace(slow, recompute="full")
+    known = Calibration((finding(slow, 3.0), finding(again, 0.5), *(finding(replace(JOB, tensor=8), 3.0),) * 9))
+    assert Shape.of(search(CONFIG, cluster, calibration=known).best[0].job) == Shape.of(again)
+
+
 def test_the_search_knows_what_memory_was_missing() -> None:
     cluster = cluster_of("h100", 64)
     best = search(CONFIG, cluster).best[0]

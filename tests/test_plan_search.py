@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -141,12 +142,14 @@ def test_the_best_is_the_fastest_that_fits() -> None:
     everything = list(layouts(base_job(config), Rules.of(config, 16, offload=False)))
     assert found.tried == len(everything)
     fitting = [job for job in everything if fullest(job) <= capacity]
-    fastest = min(time_of(job, cluster).total for job in fitting)
+    fastest: dict[tuple[int, int, int], float] = {}
+    for job in fitting:
+        axes = (job.tensor, job.pipeline, job.context)
+        fastest[axes] = min(fastest.get(axes, math.inf), time_of(job, cluster).total)
     best = found.best[0]
-    assert best.time.total == pytest.approx(fastest, rel=2e-6)
+    assert [b.time.total for b in found.best] == pytest.approx(sorted(fastest.values())[:3], rel=2e-6)
     assert max(s.high for s in memory_of(best.job)) == best.bytes <= capacity
-    axes = [(b.job.tensor, b.job.pipeline, b.job.context) for b in found.best]
-    assert len(set(axes)) == 3
+    assert len({(b.job.tensor, b.job.pipeline, b.job.context) for b in found.best}) == 3
     for layout in found.too_large:
         assert layout.bytes > capacity
         assert layout.time.total < best.time.total

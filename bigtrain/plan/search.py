@@ -31,6 +31,9 @@ MOST_CHUNKS = 8
 NEARLY = 1.5
 """Layouts that need up to so many times a card's memory are told as those that would be faster."""
 
+EQUAL = 1e-6
+"""Share by which step times may differ and still be the same: of another processor's rounding."""
+
 QUICK = {"tensor": 8, "context": 1, "microbatch": 8}
 """Largest axes and microbatch of a quick search."""
 
@@ -246,15 +249,19 @@ class Found:
 class _Top:
     """The fastest layouts, `size` of them, one for each set of axes.
 
-    Times within a millionth are equal and the plainer layout wins: another processor's rounding must not decide,
+    Times within EQUAL are equal and the plainer layout wins: another processor's rounding must not decide,
     since every rank of a run searches for itself.
     """
 
     size: int
     kept: dict[tuple[int, int, int], Layout] = field(default_factory=dict)
+    slowest: float = math.inf
+    """Step time beyond which no layout can become one of `size` any more."""
 
     def wants(self, job: Job, total: float) -> bool:
-        """Whether a layout with this step time is better than what is kept for its axes."""
+        """Whether a layout with this step time may be one of the fastest, and is better than what its axes have."""
+        if total > self.slowest * (1 + EQUAL):
+            return False
         former = self.kept.get((job.tensor, job.pipeline, job.context))
         return former is None or _before(job, total, former.job, former.time.total)
 
@@ -262,6 +269,8 @@ class _Top:
         job = layout.job
         if self.wants(job, layout.time.total):
             self.kept[job.tensor, job.pipeline, job.context] = layout
+            if len(self.kept) >= self.size:
+                self.slowest = sorted(kept.time.total for kept in self.kept.values())[self.size - 1]
 
     def best(self) -> list[Layout]:
         order = functools.cmp_to_key(_order)
@@ -274,7 +283,7 @@ def _order(one: Layout, other: Layout) -> int:
 
 def _before(one: Job, seconds: float, other: Job, than: float) -> bool:
     gap = seconds / than - 1
-    return gap < -1e-6 or (gap <= 1e-6 and _plainness(one) < _plainness(other))
+    return gap < -EQUAL or (gap <= EQUAL and _plainness(one) < _plainness(other))
 
 
 def search(
@@ -327,20 +336,22 @@ def _search(asked: _Asked, *, offload: bool) -> Found:
     capacity, more = cluster.gpu.memory_gib * 2**30, asked.calibration.memory_offset(cluster.gpu.name)
     fitting, larger = _Top(asked.few), _Top(3)
     families = 0
+    # Recomputing more only takes longer, unless it was measured otherwise: what is not wanted for its time, or fits as
+    # it is, needs no more of it.
+    measured = bool(asked.calibration.findings)
     for plain in layouts(base, rules, quick=asked.quick, recompute=("none",)):
         families += 1
-        # Recomputing more only takes longer: what is not wanted for its time, or fits as it is, needs no more of it.
         kinds = [plain]
         for job in kinds:
             step = asked.time(job)
-            if not fitting.wants(job, step.total):
-                break
-            size = fullest(job, NEARLY * capacity - more) + more
+            wanted = fitting.wants(job, step.total)
+            size = fullest(job, NEARLY * capacity - more) + more if wanted else math.inf
             if size <= capacity:
                 fitting.offer(Layout(job, size, step))
-                break
-            if size <= NEARLY * capacity:
+            elif size <= NEARLY * capacity:
                 larger.offer(Layout(job, size, step))
+            if not measured and (not wanted or size <= capacity):
+                break
             if job is plain:
                 least = dataclasses.replace(plain, recompute="full")
                 if fullest(least, NEARLY * capacity - more) + more <= NEARLY * capacity:

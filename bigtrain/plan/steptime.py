@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bigtrain.config import ModelConfig
 from bigtrain.parallel.schedule import bubble_formula
@@ -98,11 +98,11 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
         _product(work.head, rates.wide * (k.odd if work.odd else 1.0), k)
         + work.logits * (6 * bytes_of(job) if job.kernels else k.loss) / rates.bandwidth
     )
-    stages = layers_of_stages(job.model, p, job.chunks, job.schedule, job.split, job.sequence_length)
-    times = [sum(c[0] for c in mine) * each + (head if any(c[2] for c in mine) else 0.0) for mine in stages]
+    stages = _loads(job.model, p, job.chunks, job.schedule, job.split, job.sequence_length)
+    times = [layers * each + (head if last else 0.0) for layers, last in stages]
     most = max(times)
-    added = _added(job, rates, max(sum(c[0] for c in mine) for mine in stages)) if ours else 0.0
-    layers = sum(c[0] for c in stages[times.index(most)])
+    added = _added(job, rates, max(layers for layers, _ in stages)) if ours else 0.0
+    layers = stages[times.index(most)][0]
     bubble = 0.0
     if p > 1:  # a rank waits for what the others do before and after it
         bubble = bubble_formula(job.schedule, p, job.chunks, n) * n * (sum(times) - most) / (p - 1)
@@ -139,6 +139,12 @@ def _spread(job: Job, cluster: Cluster, beside: float, k: Constants) -> float:
         return LSTM_SPREAD
     known = k.spread * (1 + 0.25 * max(0.0, math.log2(cluster.nodes / 64)))
     return math.hypot(known, HIDDEN_SPREAD * beside)
+
+
+@functools.lru_cache(maxsize=4096)
+def _loads(*pipeline: Any) -> tuple[tuple[int, bool], ...]:
+    """For every stage its layers, and whether it has the head; of the arguments of `layers_of_stages`."""
+    return tuple((sum(c[0] for c in mine), any(c[2] for c in mine)) for mine in layers_of_stages(*pipeline))
 
 
 def _work(job: Job) -> Work:
