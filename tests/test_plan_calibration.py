@@ -82,7 +82,9 @@ def test_recomputing_more_may_be_measured_to_be_faster() -> None:
     slow = search(CONFIG, cluster).best[0].job
     assert slow.recompute == "none"
     again = replace(slow, recompute="full")
-    known = Calibration((finding(slow, 3.0), finding(again, 0.5), *(finding(replace(JOB, tensor=8), 3.0),) * 9))
+    known = Calibration(
+        (finding(slow, 3.0), finding(again, 0.5), *(finding(replace(JOB, tensor=8), 3.0),) * 9)
+    )
     assert Shape.of(search(CONFIG, cluster, calibration=known).best[0].job) == Shape.of(again)
 
 

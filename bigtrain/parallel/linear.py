@@ -111,6 +111,7 @@ def weight_gradients(
 
     x (..., K), each of `grads` (T, N).
     """
+    x = x.detach()  # what waits must not keep the graph, which ends in the chunk's input and its gradient
 
     def compute() -> list[torch.Tensor]:
         rows = x.flatten(0, -2)

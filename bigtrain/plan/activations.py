@@ -49,7 +49,7 @@ def tokens_of(job: Job) -> float:
 
 def kept_of(job: Job) -> Kept:
     """What one block keeps."""
-    m, t, T, b = job.model, job.tensor, tokens_of(job), bytes_of(job)
+    m, t, c, T, b = job.model, job.tensor, job.context, tokens_of(job), bytes_of(job)
     C, D, F, H = m.width, m.dim_per_head, m.ffn / t, m.num_heads / t
     K = m.num_kv_heads / min(t, m.num_kv_heads)
     shared = T / t if job.sequence else T
@@ -72,11 +72,24 @@ def kept_of(job: Job) -> Kept:
     # What the products took in, and the gradients of what they gave.
     halved = b * (2 * entered + T * (2 * H + 2 * K) * D + (up + 1) * T * F)
     again = mask if job.recompute != "none" else 0.0  # one byte for each of the mask's elements
+    # The last product's backward pass gathers its output's gradient and makes one of the inner width; when those of
+    # what that came from are made, its own operands are gone, unless they wait for the weight's gradient.
+    gathered = T * C if t > 1 and job.sequence else 0.0
+    products = (passed + 1) * T * F + gathered if job.zero_bubble else passed * T * F
+    # In attention's, which comes later, keys and values of all ranks have their gradients: of every head, or of their
+    # own heads twice. Of feed-forward nothing is there any more, but what waits.
+    attending = T * H * D + gathered
+    if c > 1 and job.context_by == "gather":
+        attending += repeated(job) or 4 * job.microbatch * job.sequence_length * K * D
+    if job.recompute == "selective":
+        attending += (layer - waiting) / b
+    attending += gathered if job.zero_bubble else -(wide + entered / 2 + shared * C)
+    passing = max(products, T * F + gathered, attending) + shared * C
     return Kept(
         layer=layer,
         waiting=waiting,
         halved=halved,
-        passing=b * (passed * T * F + T * C * (2 if t > 1 and job.sequence else 1)),
+        passing=b * passing,
         around=again + (4 * T * D if m.position == "rope" else 0.0),
         message=b * shared * C,
     )

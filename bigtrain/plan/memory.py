@@ -152,18 +152,17 @@ def _stage(job: Job, kept: Kept, stage: int, chunks: Chunks) -> Peak:
     state = state_of(job, held)
     running = kept.layer - kept.waiting if job.recompute == "full" else 0.0
     flight = in_layers(job, stage, tuple(n for n, _, _ in chunks))
-    head = held.last * kept.message
 
     def bytes_at(at: AtOnce) -> float:
         """Of activations."""
-        return head + at.whole * kept.waiting + at.half * kept.halved + at.chunks * kept.around
+        return at.whole * kept.waiting + at.half * kept.halved + at.chunks * kept.around
 
-    messages = 4 * kept.message if job.pipeline > 1 else 0.0  # one under way and one awaited, each way
+    messages = _messages(job, held) * kept.message
     before = state.late if job.microbatches > 1 else 0.0  # of the microbatch before
     fullest = max(map(bytes_at, flight.backward))
     moments = [Moment(before, fullest + running + kept.passing, 0.0, state.backward)]
     moments += [Moment(before, bytes_at(at), 0.0, 0.0) for at in flight.between]
-    activations = bytes_at(flight.head)
+    activations = bytes_at(flight.head) + kept.message  # the last hidden states
     if held.last:
         loss = loss_of(job)
         if job.schedule == "gpipe":  # the head's gradients of all other microbatches wait too
@@ -180,9 +179,18 @@ def _stage(job: Job, kept: Kept, stage: int, chunks: Chunks) -> Peak:
         added = 4 * held.table if job.precision == "bf16" and job.zero else 0.0  # its copy in fp32
         chunk = held.layers / len(chunks) * kept.waiting + kept.around
         moments.append(Moment(table, fullest - chunk + kept.message, 0.0, added))
-    moments.append(Moment(0.0, 0.0, 0.0, state.joined))
+    moments.append(Moment(state.late, 0.0, 0.0, state.joined))
     moment = max(moments, key=sum)
     return Peak(state, moment._replace(buffers=moment.buffers + messages))
+
+
+def _messages(job: Job, held: Held) -> int:
+    """Hidden states, or gradients of these, that are under way or awaited at a rank's fullest moment."""
+    if job.pipeline == 1:
+        return 0
+    if job.schedule in ("1f1b", "gpipe"):
+        return 1 + (not held.first and not held.last) - (held.last and job.microbatches == 1)
+    return 0 if job.schedule == "interleaved" and job.pipeline == 2 else 2
 
 
 def _told(job: Job, peak: Peak) -> StageMemory:

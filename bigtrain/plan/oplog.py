@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,8 @@ class Compute(NamedTuple):
     """Of a matrix product: rows, inner, columns, and how many of them."""
     again: int = 0
     """How many of the flops are recomputed: model FLOPs, as in MFU, do not count them."""
+    block: bool = False
+    """Whether it is of one of the model's blocks, forward or backward."""
 
 
 class Wait(NamedTuple):
@@ -186,9 +188,10 @@ class OpLog(TorchDispatchMode):
             Compute(
                 packet._qualified_op_name.removeprefix("aten::"),
                 flops,
-                _traffic(packet, args, kwargs, result),
+                _traffic(func, args, kwargs, result),
                 dims,
                 again,
+                "layers." in self.places.module(),
             )
         )
 
@@ -232,13 +235,24 @@ def _dims(args: Sequence[Any]) -> tuple[int, ...]:
     return (*a.shape[-2:], b.shape[-1], a.shape[0] if a.dim() == 3 else 1)
 
 
-def _traffic(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
+def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Bytes read and written; a tensor that is written in place counts for both."""
     read = list(_tensors((args, kwargs)))
-    if packet in _LOOK_UPS:
+    looks_up = func._overloadpacket in _LOOK_UPS
+    if looks_up:
         read = read[1:]
-    made = sum(t.numel() * t.element_size() for t in _tensors(result))
-    return sum(t.numel() * t.element_size() for t in read) + made * (2 if packet in _LOOK_UPS else 1)
+    made = _bytes(_tensors(result))
+    if not func._schema.returns:  # lists of tensors are changed in place, as by _fused_adam_
+        made = sum(
+            _bytes(_tensors(args[i] if i < len(args) else kwargs.get(a.name)))
+            for i, a in enumerate(func._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        )
+    return _bytes(read) + made * (2 if looks_up else 1)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class Work(NamedTuple):

@@ -22,12 +22,14 @@ from bigtrain.plan.job import Job
 from bigtrain.plan.measuring import Step
 from bigtrain.plan.memory import layers_of_stages
 from bigtrain.plan.oplog import Compute, Item, Mark, Wait
-from bigtrain.plan.steptime import Rates, latency, launches, link_rate, rates_of
+from bigtrain.plan.steptime import HOST_BYTES, Rates, latency, launches, link_rate, rates_of
 from bigtrain.plan.traffic import Sent
 
 Parts = defaultdict[str, float]
 """Seconds by what they go into."""
 
+BLOCKS = "blocks"
+"""The part of computing that is of the model's blocks, whose kernels the CPU may be too slow to launch."""
 LOSS = "bigtrain::linear_cross_entropy"
 
 
@@ -71,6 +73,8 @@ class Charges:
 
     def compute(self, item: Compute) -> float:
         """Seconds of a kernel."""
+        if self.job.offload and is_update(item):
+            return item.bytes / HOST_BYTES
         traffic = item.bytes / self.rates.bandwidth
         if item.op == LOSS:
             return self._loss(item)
@@ -109,6 +113,11 @@ class Charges:
         return seconds + latency(self.cluster, self.k, item.ranks, item.ranks * item.stride)
 
 
+def is_update(item: Compute) -> bool:
+    """Whether it is of the optimizer's update, or of the gradients' norm or clipping before it."""
+    return item.op.startswith(("_fused_adam", "_foreach", "_fused_sgd"))
+
+
 def _seen(job: Job) -> float:
     """Of the scores that torch's formula counts, the share that its fused attention computes."""
     if job.masked or job.model.objective != "causal":
@@ -127,8 +136,10 @@ def replay(dry: DryRun, job: Job, cluster: Cluster, constants: Constants | None 
     slower = 1 + k.straggle * math.log2(cluster.nodes)
     spent = _pipelined(dry, job, charges) if job.pipeline > 1 else _alone(dry, job, charges)
     parts = {
-        name: seconds * (slower if name in ("compute", "bubble") else 1.0) for name, seconds in spent.items()
+        name: seconds * (slower if name in (BLOCKS, "compute", "bubble") else 1.0)
+        for name, seconds in spent.items()
     }
+    parts["compute"] += parts.pop(BLOCKS, 0.0)
     parts["fixed"] = k.fixed
     return Replayed(sum(parts.values()), parts)
 
@@ -150,10 +161,12 @@ def _alone(dry: DryRun, job: Job, charges: Charges) -> Parts:
 
 
 def _wait_for_launches(spent: Parts, seconds: float) -> None:
-    """Kernels take no less than their launches."""
-    spent["compute"] += max(
-        0.0, seconds - sum(spent.get(part, 0.0) for part in ("compute", "tensor", "context"))
-    )
+    """The blocks' kernels take no less than their launches."""
+    spent["compute"] += max(0.0, seconds - _in_blocks(spent))
+
+
+def _in_blocks(spent: Parts) -> float:
+    return sum(spent.get(part, 0.0) for part in (BLOCKS, "tensor", "context"))
 
 
 def _read(stage: StageRun, step: Step, charges: Charges) -> Clock:
@@ -171,10 +184,10 @@ def _items(stage: StageRun, step: Step) -> Iterator[Item]:
 def _advance(clock: Clock, item: Item, charges: Charges, *, messages: bool = True) -> None:
     """One item; `messages` False: sends and receives take no time here, for the schedule knows when they come."""
     if isinstance(item, Compute):
-        update = item.op.startswith(("_fused_adam", "_foreach", "_fused_sgd"))
-        if update:
+        if is_update(item):
             _wait_for_sides(clock, 0)
-        clock.spend("optimizer" if update else "compute", charges.compute(item))
+        part = "optimizer" if is_update(item) else BLOCKS if item.block else "compute"
+        clock.spend(part, charges.compute(item))
     elif isinstance(item, Sent):
         timed = messages or item.op not in ("send", "recv")
         _send(clock, item, charges, charges.sent(item) if timed else 0.0)
@@ -210,7 +223,7 @@ def _wait_for_sides(clock: Clock, most: int) -> None:
 
 
 _SHARES = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}
-"""Of a microbatch's kernels."""
+"""Of a microbatch's kernels: those of F and B, or of F, I and W."""
 Segment = tuple[str, int]
 """Kind of an action and its chunk."""
 
@@ -228,9 +241,10 @@ def _pipelined(dry: DryRun, job: Job, charges: Charges) -> Parts:
     chunks = chunks_of_rank(job.schedule, job.pipeline, job.chunks)
     for rank, mine in enumerate(held):
         for chunk, (layers, _, _) in zip(chunks[rank], mine, strict=True):
-            for kind, share in _SHARES.items():
-                if (kind, chunk) in costs:
-                    _wait_for_launches(costs[kind, chunk], share * layers * charges.launches)
+            actions = {kind: costs[kind, chunk] for kind in _SHARES if (kind, chunk) in costs}
+            short = layers * charges.launches - sum(map(_in_blocks, actions.values()))
+            for kind, parts in actions.items():
+                parts["compute"] += max(0.0, short) * _SHARES[kind]
     seconds = {key: sum(parts.values()) for key, parts in costs.items()}
     forward, inputs, weights = (
         [sum(seconds.get((kind, c), 0.0) for kind in kinds) for c in range(count)]
@@ -261,7 +275,8 @@ def _segments(stage: StageRun, charges: Charges) -> tuple[dict[Segment, Parts], 
     def close(action: Action | None) -> None:
         into = outside if action is None else sums[action.kind, action.chunk]
         for name, value in clock.spent.items():
-            into[name] += value
+            weights = action is not None and action.kind == "W" and name == "compute"
+            into[BLOCKS if weights else name] += value
         clock.spent.clear()
 
     for item in _items(stage, step):

@@ -100,7 +100,7 @@ def state_of(job: Job, held: Held) -> State:
         return State(b * P, 4 * P, optimizer, 0.0, sent, 0.0, 0.0)
     if zero == 1 and job.precision in ("bf16", "fp8"):
         late = b * P if job.pipeline == 1 else 0.0  # in a pipeline each is added up and dropped at once
-        joined = 4 * P if P < JOINED_ELEMENTS and replicas > 1 else 0.0
+        joined = 4 * P if P < JOINED_ELEMENTS else 0.0
         return State(b * P, 4 * P, optimizer, 0.0, 0.0, 0.0, late, joined)
     if zero == 1:
         return State(b * P, 4 * P, optimizer, 4 * bucket, 0.0, 0.0, 0.0)

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from bigtrain.config import ModelConfig
 from bigtrain.parallel.schedule import bubble_formula
 from bigtrain.plan import messages
-from bigtrain.plan.activations import bytes_of, repeated
+from bigtrain.plan.activations import bytes_of
 from bigtrain.plan.constants import CONSTANTS, Constants
 from bigtrain.plan.flops import flops_per_token, parameters, visible_keys
 from bigtrain.plan.hardware import Cluster
 from bigtrain.plan.job import Job
 from bigtrain.plan.memory import layer_parameters, layers_of_stages
+from bigtrain.plan.passes import Passes, in_blocks, in_exchange
 
 PARTS = ("compute", "tensor", "context", "data", "pipeline", "bubble", "optimizer", "fixed")
 HOST_BYTES = 20e9
@@ -150,12 +151,8 @@ def _loads(*pipeline: Any) -> tuple[tuple[int, bool], ...]:
 def _work(job: Job) -> Work:
     T, S = job.microbatch * job.sequence_length / job.context, job.sequence_length
     apart = job.software == "bigtrain"
-    return work_of(
-        *(job.model, T, S, job.tensor, job.sequence, job.attention),
-        seen=_computed_keys(job),
-        apart=apart,
-        fused=job.kernels,
-    )
+    shape = (job.model, T, S, job.tensor, job.sequence, job.attention)
+    return work_of(*shape, seen=_computed_keys(job), apart=apart)
 
 
 def _computed_keys(job: Job) -> float:
@@ -191,6 +188,7 @@ class Work(NamedTuple):
     """Whether the head has rows that are no multiple of 8."""
     message: float
     """The hidden states of all tensor ranks."""
+    queries: float
     kv: float
     """Keys and values."""
     steps: float
@@ -207,16 +205,15 @@ def work_of(
     attention: str,
     seen: float = 0.0,
     apart: bool = False,
-    fused: bool = False,
 ) -> Work:
     """T tokens of sequences of S, on one of t tensor ranks. seen: keys of a query that fused attention computes, where
     that is not what the model lets it see. apart: every matrix is a product of its own, as in bigtrain; others join
-    those that share their input. fused: element-wise work runs in bigtrain's kernels."""
+    those that share their input."""
     C, V = m.width, m.vocab_size
     head, odd = (2 * T * C * V / t, min(T, C, V / t)), V % t == 0 and V // t % 8 != 0
     if m.kind == "lstm":
         gates = ((8 * T * C * C, min(T, C)), (8 * T * C * C, min(T / S, C)))
-        return Work(gates, 0, 0, 0, T * C, 12 * T * C, 10 * T * C, head, T * V, odd, T * C, 0, S / 100)
+        return Work(gates, 0, 0, 0, T * C, 12 * T * C, 10 * T * C, head, T * V, odd, T * C, 0, 0, S / 100)
     H, K, D, F = m.num_heads, m.num_kv_heads, m.dim_per_head, m.ffn
     up = 2 if m.activation == "swiglu" else 1
     kv = 2 * max(K, t) / t * D  # more ranks than kv heads hold copies
@@ -230,9 +227,6 @@ def work_of(
         shapes = ((C, H * D / t), (C, kv / 2), (C, kv / 2), (H * D / t, C), *((C, F / t),) * up, (F / t, C))
     flash = attention != "unfused"
     inner = T * ((3 * up + 1) * F / t + 2 * (H * D / t + kv))
-    if fused:  # reads and writes both ways: SwiGLU 3 and 5, GELU 2 and 3; of q and k rotation 2 and 2, a norm 2 and 3
-        heads = H * D / t + kv / 2
-        inner = T * ((8 if up == 2 else 5) * F / t + (9 if m.qk_norm else 4) * heads) / 3
     return Work(
         products=tuple((2 * T * a * b, min(T, a, b)) for a, b in shapes),
         scores=4 * T * (seen or visible_keys(m, S) / S) * H * D / t if flash else 0.0,
@@ -245,6 +239,7 @@ def work_of(
         logits=T * V / t,
         odd=odd,
         message=T * C,
+        queries=T * H * D / t,
         kv=T * kv,
         steps=0.0,
     )
@@ -290,16 +285,13 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     products = 0.0
     for one in work.products:
         products += _product(one, rates.products, k)
-    traffic = (k.passes * work.residual + 3 * work.inner) * bytes_ / rates.bandwidth
-    if job.software == "bigtrain":  # keys for every head: read and written; of their gradients the sums
-        traffic += 5 * repeated(job) * bytes_ / rates.bandwidth
-        if job.context > 1 and job.context_by == "gather":
-            # gathered keys are stacked and put in order, and slices of their gradients joined
-            traffic += 5 * job.context * work.kv * bytes_ / rates.bandwidth
+    passes = _passes(work, job, k)
+    each = bytes_ / rates.bandwidth * (k.compiled if job.compiled else 1.0)
+    once, core = passes.once * each, passes.core * each
+    traffic, ahead = (passes.forward + passes.backward) * each, passes.forward * each
     if job.precision == "fp8":  # read as 16 bits, written as 8, as it is and transposed
-        traffic += 4 * work.casts / rates.bandwidth
-    if job.compiled:
-        traffic *= k.compiled
+        casts = 4 * work.casts / rates.bandwidth * (k.compiled if job.compiled else 1.0)
+        traffic, ahead = traffic + casts, ahead + casts / 3
     if work.squares:  # products of a head are small: half as fast again
         scores = (
             1.5 * work.square_flops / rates.wide + work.squares * k.unfused * bytes_ / rates.bandwidth / 3
@@ -308,7 +300,7 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
     else:  # the fused backward pass computes the scores again: arXiv 2307.08691
         scores = work.scores / rates.scores
         backward = 2.5 * scores
-    forward = (products + traffic) / 3 + scores
+    forward = products / 3 + ahead + scores
     again = 0.0
     if job.recompute == "full":
         again = forward
@@ -317,10 +309,20 @@ def _layer(work: Work, job: Job, rates: Rates, k: Constants) -> tuple[float, flo
             # nor where that product is one function with its communication or the halves of its gradient
             again -= _product(work.products[-1], rates.products, k) / 3
     elif job.recompute == "selective":
-        again = scores
+        again = scores + core
         if job.software == "torchtitan":  # every other product
-            again = (products / 2 + traffic) / 3
-    return products + traffic + scores + backward + again, again / forward
+            again = products / 6 + ahead
+    return products + traffic + once + scores + backward + again, again / (forward + once)
+
+
+def _passes(work: Work, job: Job, k: Constants) -> Passes:
+    """Elements that a layer reads and writes outside of products: of ours counted, of others by what was measured."""
+    rough = k.passes * work.residual + 3 * work.inner
+    others = Passes(rough / 3, 0.0, 2 * rough / 3)
+    if job.software != "bigtrain" or job.model.kind == "lstm":
+        return others
+    blocks, exchange = in_blocks(job) if job.kernels else others, in_exchange(job)
+    return Passes(*(sum(both) for both in zip(blocks, exchange, strict=True)))
 
 
 def launches(job: Job, k: Constants) -> float:
@@ -354,12 +356,20 @@ def _inside(work: Work, job: Job, cluster: Cluster, k: Constants) -> tuple[float
     if c > 1:
         # Ulysses copies keys where ranks outnumber their heads.
         copies = max(1.0, c * t / max(job.model.num_kv_heads, t))
-        width = work.kv if job.context_by == "gather" else (2 * work.message / t + copies * work.kv) / c
+        gather = job.context_by == "gather"
+        width = work.kv if gather else (2 * work.queries + copies * work.kv) / c
         sent = (c - 1) * width * bytes_ / link_rate(cluster, k, c, t)
-        count = 3 + (job.recompute == "full")
-        if job.software == "bigtrain" and job.context_by == "gather":
-            count -= 1  # the gathered keys are kept for the backward pass, which sends their gradients only
-        context = count * (sent + latency(cluster, k, c, c * t))
+        start = latency(cluster, k, c, c * t)
+        context = (3 + (job.recompute == "full")) * (sent + start)
+        if job.software == "bigtrain" and gather:
+            # The gathered keys are kept for the backward pass, which sends their gradients only.
+            context = (2 + (job.recompute != "none")) * (sent + start)
+        elif (
+            job.software == "bigtrain"
+        ):  # there and back in two messages each; attention alone needs the first again
+            first = 1 - work.queries / (2 * work.queries + copies * work.kv)
+            more, starts = {"none": (0.0, 0), "selective": (first, 1), "full": (1.0, 2)}[job.recompute]
+            context = (2 + more) * sent + (4 + starts) * start
     return tensor, context
 
 
@@ -429,9 +439,10 @@ def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[floa
     # bucket (an eighth of a small model).
     owned = (g * n * replicas / (replicas - 1) + w, 0, n)
     calls: float
+    joined = ours and job.precision in ("bf16", "fp8")  # matrices and norms, each in one message
     sent, calls, room = {
         0: (2 * g, 2 * layers, 2 / 3),
-        1: ((2 * g if ours and job.precision in ("bf16", "fp8") else g) + w, 2 * layers, 1.0),
+        1: ((2 * g if joined else g) + w, 4 if joined else 2 * layers, 1.0),
         2: owned if ours else (g * n + w, 2 * layers * n, n),
         3: ((g + 2 * w) * n, 3 * (layers + 1) * n, n),
     }[zero]

@@ -76,13 +76,21 @@ class Places:
         if self._inside:
             self._made.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._inside[-1])
 
+    def module(self, node: Any = None) -> str:
+        """The module whose forward or backward pass runs; "" outside of both. `node`: autograd's, where it is known."""
+        node = node or torch._C._current_autograd_node()
+        if self._inside:  # in a node, it is recomputed
+            return self._inside[-1]
+        if node is None or "AccumulateGrad" in node.name():
+            return ""
+        return self._made.get(node._sequence_nr(), "")
+
     def here(self) -> tuple[str, str]:
         """(module or "", how to call the place)."""
         node = torch._C._current_autograd_node()
         if node is not None and "AccumulateGrad" not in node.name():
-            again = bool(self._inside)  # recomputation
-            module = self._inside[-1] if again else self._made.get(node._sequence_nr(), "")
-            what = "recomputed" if again else f"backward, {node.name()}"
+            module = self.module(node)
+            what = "recomputed" if self._inside else f"backward, {node.name()}"
             return module, f"{module} ({what})" if module else node.name()
         if self._inside and node is None:
             return self._inside[-1], self._inside[-1]
