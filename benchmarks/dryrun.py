@@ -44,13 +44,42 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("qwen3-0.6b", 8, "zero=1"),
     ("qwen3-0.6b", 16, "pipeline=4 zero=1 context=2"),
     ("gpt2-124m", 8, "zero=1"),
+    # Drawn by chance from all legal layouts:
+    ("gpt2-124m", 64, "zero=1 microbatch=2"),
+    ("gpt2-124m", 8, "zero=3 microbatch=32"),
+    ("gpt2-124m", 4, 'pipeline=2 tensor=2 schedule="zbv" chunks=2 zero=1 recompute="full" microbatch=16'),
+    ("llama-340m", 32, 'context=4 zero=2 recompute="full" microbatch=32'),
+    (
+        "llama-340m",
+        8,
+        'pipeline=2 context=2 tensor=2 schedule="interleaved-zb" chunks=3 recompute="selective" microbatch=128',
+    ),
+    ("llama-340m", 2, 'tensor=2 zero=1 recompute="full" microbatch=1'),
+    ("llama-1b", 8, 'pipeline=4 context=2 schedule="zbv" chunks=2 zero=1 recompute="full" microbatch=2'),
+    (
+        "llama-1b",
+        8,
+        'pipeline=2 context=2 tensor=2 context_by="ulysses" zero=0 recompute="full" microbatch=64',
+    ),
+    (
+        "qwen3-0.6b",
+        64,
+        'pipeline=2 context=16 schedule="interleaved" chunks=2 zero=0 recompute="selective" microbatch=4',
+    ),
+    (
+        "qwen3-0.6b",
+        8,
+        'pipeline=2 context=2 context_by="ulysses" schedule="zbv" chunks=2 zero=1 recompute="full" microbatch=2',
+    ),
 )
-"""Config, GPUs, and what is set in [layout]."""
+"""Config, GPUs, and what is set in [layout], or of [train] the microbatch."""
 
 
 def compared(name: str, gpus: int, layout: str) -> dict[str, Any]:
     """One layout on H100s."""
-    config = load(find_config(name), [f"layout.{setting}" for setting in layout.split()])
+    tables = {"microbatch": "train"}
+    given = [f"{tables.get(setting.partition('=')[0], 'layout')}.{setting}" for setting in layout.split()]
+    config = load(find_config(name), given)
     cluster = cluster_of("h100", gpus)
     e = estimate(config, job_of(config, gpus), cluster)
     dry = dry_run(config, gpus)

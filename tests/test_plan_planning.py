@@ -160,6 +160,10 @@ def test_the_lesson_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
         (["llama-8b", "--gpus", "8", "--price", "free"], ["--price"]),
         (["llama-80b", "--gpus", "8"], ["did you mean"]),
         (["lstm", "--gpus", "1", "--dry-run"], ["cuDNN", "without --dry-run"]),
+        (
+            ["llama-1b", "--gpus", "8", "--dry-run", "--set", 'layout.offload="optimizer"'],
+            ["host memory", "without --dry-run"],
+        ),
         (["--budget", "5000"], ["no unit", "5000gpuh"]),
         (["--budget", "9000usd"], ["--price"]),
         (["--calibrate", "nowhere"], ["nowhere"]),

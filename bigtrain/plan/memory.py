@@ -177,8 +177,10 @@ def _stage(job: Job, kept: Kept, stage: int, chunks: Chunks) -> Peak:
     if held.first and job.pipeline > 1:
         table = bytes_of(job) * held.table
         added = 4 * held.table if job.precision == "bf16" and job.zero else 0.0  # its copy in fp32
-        chunk = held.layers / len(chunks) * kept.waiting + kept.around
-        moments.append(Moment(table, fullest - chunk + kept.message, 0.0, added))
+        after = fullest - held.layers / len(chunks) * kept.waiting - kept.around
+        if job.zero_bubble:  # its chunk still waits for the weights' gradients
+            after = max(map(bytes_at, flight.between))
+        moments.append(Moment(table, after + kept.message, 0.0, added))
     moments.append(Moment(state.late, 0.0, 0.0, state.joined))
     moment = max(moments, key=sum)
     return Peak(state, moment._replace(buffers=moment.buffers + messages))

@@ -24,6 +24,16 @@ def level_3(model: ModelConfig, tensor: int, recompute: bool) -> int:
     return _gathers(model, block, table, limits, recompute) + _buckets(model, block, table, limits.bucket)
 
 
+def small(m: ModelConfig) -> int:
+    """Norms and biases: level 3 leaves them whole on every rank, and gathers each after an update."""
+    norm = 2 if m.norm == "layernorm" and m.bias else 1
+    block = 2 * norm + 2 * m.qk_norm + 3 * (m.bias or m.qkv_bias)
+    if m.bias:
+        block += 3 if m.activation == "swiglu" else 2
+        block += 1
+    return m.layers * block + norm
+
+
 @functools.lru_cache(maxsize=1024)
 def level_2(model: ModelConfig, tensor: int, replicas: int) -> int:
     """Reductions of a microbatch: each owner's part of the matrices and of the norms, again where a bucket ends."""

@@ -49,6 +49,8 @@ def in_blocks(job: Job) -> Passes:
     if m.bias:
         backward += (2 if gated else 1) * ffn + 2 * shared
         forward += 4 * shared if t > 1 else 0.0
+        if job.zero == 3:  # DeepSpeed's products add it in a pass of its own
+            forward += 2 * (o + kv + (2 if gated else 1) * ffn + (2 * whole if t == 1 else 0.0))
     return Passes(forward, 3 * shared, backward)
 
 

@@ -54,6 +54,12 @@ def plan_command(args: argparse.Namespace) -> int:
     found = search(config, cluster, calibration=calibration) if automatic else None
     job = _chosen(config, cluster, found)
     config = with_layout(config, job) if automatic else config
+    if job.offload and args.dry_run:
+        raise UserError(
+            "what is kept in host memory cannot be told from the GPU's, for a dry run has no GPU",
+            where="--dry-run",
+            do='plan it without --dry-run, or with layout.offload = "none"',
+        )
     e = estimate(config, job, cluster, tokens=tokens, price=price, calibration=calibration)
     return _answer(args, e, found)
 

@@ -447,11 +447,11 @@ def _update(job: Job, cluster: Cluster, layers: int, k: Constants) -> tuple[floa
         3: ((g + 2 * w) * n, 3 * (layers + 1) * n, n),
     }[zero]
     if ours and job.model.kind == "transformer" and zero >= 2:
-        calls = n * (
-            messages.level_2(job.model, job.tensor, replicas)
-            if zero == 2
-            else messages.level_3(job.model, job.tensor, job.recompute == "full")
-        )
+        if zero == 2:
+            calls = n * messages.level_2(job.model, job.tensor, replicas)
+        else:
+            again = job.recompute == "full"
+            calls = n * messages.level_3(job.model, job.tensor, again) + messages.small(job.model)
     ring = (replicas - 1) / replicas / link_rate(cluster, k, replicas, job.tensor)
     return update, sent * held * ring + calls * latency(cluster, k, replicas, replicas * job.tensor), room
 
