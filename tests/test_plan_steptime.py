@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from bigtrain.config import ModelConfig
+from bigtrain.parallel.schedule import orders, simulate
 from bigtrain.plan.constants import CONSTANTS
 from bigtrain.plan.flops import flops_per_token
 from bigtrain.plan.hardware import Cluster, cluster_of
 from bigtrain.plan.job import Job
-from bigtrain.plan.steptime import PARTS, StepTime, time_of
+from bigtrain.plan.steptime import PARTS, StepTime, _waiting, time_of
 
 MODEL = ModelConfig(
     vocab_size=128256, layers=32, width=4096, heads=32, kv_heads=8, ffn_width=14336, max_length=8192
@@ -119,6 +120,15 @@ def test_what_may_be_hidden_widens_the_interval() -> None:
     )
     tensor = replace(JOB, tensor=8, data=8)
     assert timed(replace(tensor, tensor_overlap=True)).spread > timed(tensor).spread
+
+
+@pytest.mark.parametrize("layers", [(4, 4, 4, 4), (6, 4, 4, 4), (4, 4, 7, 3), (3, 9, 3, 5), (8, 2)])
+@pytest.mark.parametrize("microbatches", [1, 4, 16])
+def test_a_1f1b_pipeline_waits_as_its_schedule_does(layers: tuple[int, ...], microbatches: int) -> None:
+    forward, backward = [1.0 * n for n in layers], [2.0 * n for n in layers]
+    line = simulate(orders("1f1b", len(layers), 1, microbatches), forward, backward, [0.0] * len(layers), 0.0)
+    waited = line.makespan - microbatches * 3.0 * max(layers)
+    assert _waiting([3.0 * n for n in layers], microbatches, 1 / 3) == pytest.approx(waited)
 
 
 def test_messages_behind_products_cost_less() -> None:

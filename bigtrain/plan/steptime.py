@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -105,7 +106,9 @@ def time_of(job: Job, cluster: Cluster, constants: Constants | None = None) -> S
     added = _added(job, rates, max(layers for layers, _ in stages)) if ours else 0.0
     layers = stages[times.index(most)][0]
     bubble = 0.0
-    if p > 1:  # a rank waits for what the others do before and after it
+    if p > 1 and job.schedule == "1f1b":
+        bubble = _waiting(times, n, 1 / (3 + again))
+    elif p > 1:  # a rank waits for what the others do before and after it
         bubble = bubble_formula(job.schedule, p, job.chunks, n) * n * (sum(times) - most) / (p - 1)
     update, traffic, room = _update(job, cluster, layers, k)
     hidden = _hidden(job, layers, traffic, room * most, k)
@@ -146,6 +149,21 @@ def _spread(job: Job, cluster: Cluster, beside: float, k: Constants) -> float:
 def _loads(*pipeline: Any) -> tuple[tuple[int, bool], ...]:
     """For every stage its layers, and whether it has the head; of the arguments of `layers_of_stages`."""
     return tuple((sum(c[0] for c in mine), any(c[2] for c in mine)) for mine in layers_of_stages(*pipeline))
+
+
+def _waiting(times: Sequence[float], microbatches: int, forward: float) -> float:
+    """Seconds that the slowest stage of a 1F1B pipeline waits; `forward`: share of a stage's time.
+
+    For the stages before it in full. While the first microbatch is in those behind it, it runs forward passes of
+    others, and backward passes while the last one is there. With stages that take equally long, and with one
+    microbatch, this is what all others take.
+    """
+    slowest = times.index(max(times))
+    behind = sum(times[slowest + 1 :])
+    others = min(microbatches, len(times) - slowest) - 1
+    beside = [others * share * times[slowest] for share in (forward, 1 - forward)]
+    waits = sum(times[:slowest]) + sum(max(0.0, behind - run) for run in beside)
+    return min(waits, sum(times) - times[slowest])
 
 
 def _work(job: Job) -> Work:
