@@ -100,8 +100,7 @@ class Known:
 
     def time(self, job: Job, cluster: Cluster) -> StepTime:
         """Of a step, corrected."""
-        factor = self.calibration.correction(job, cluster.gpu.name).time_factor
-        return time_of(job, cluster, self.constants).times(factor)
+        return self.calibration.time(job, cluster, self.constants)
 
 
 def planned(row: Row, known: Known) -> float:

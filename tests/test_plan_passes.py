@@ -13,30 +13,27 @@ from bigtrain.plan.passes import in_blocks, in_exchange
 
 CASES = [
     ("llama-340m", 1, "microbatch=2"),
-    ("llama-340m", 1, "microbatch=1 recompute=full"),
+    ("llama-340m", 1, 'microbatch=1 recompute="full"'),
     ("llama-340m", 2, "microbatch=2 tensor=2"),
     ("llama-340m", 2, "microbatch=2 tensor=2 sequence=false"),
     ("qwen3-0.6b", 1, "microbatch=1"),
     ("gpt2-124m", 1, "microbatch=4"),
     ("gpt2-124m", 2, "microbatch=4 tensor=2 sequence=false"),
-    ("llama-340m", 2, "microbatch=2 context=2 context_by=ulysses"),
-    ("qwen3-0.6b", 2, "microbatch=1 context=2 context_by=ulysses recompute=selective"),
-    ("qwen3-0.6b", 16, "microbatch=2 context=16 context_by=ulysses"),
-    ("gpt2-124m", 2, "microbatch=4 context=2 context_by=ulysses recompute=full"),
+    ("llama-340m", 2, 'microbatch=2 context=2 context_by="ulysses"'),
+    ("qwen3-0.6b", 2, 'microbatch=1 context=2 context_by="ulysses" recompute="selective"'),
+    ("qwen3-0.6b", 16, 'microbatch=2 context=16 context_by="ulysses"'),
+    ("gpt2-124m", 2, 'microbatch=4 context=2 context_by="ulysses" recompute="full"'),
     ("gpt2-124m", 4, "microbatch=4 context=4"),
     ("qwen3-0.6b", 2, "microbatch=1 context=2"),
-    ("llama-340m", 4, "microbatch=2 context=2 tensor=2 recompute=full"),
+    ("llama-340m", 4, 'microbatch=2 context=2 tensor=2 recompute="full"'),
 ]
 
 
 @pytest.mark.parametrize(("name", "ranks", "settings"), CASES)
 def test_counted_as_executed(name: str, ranks: int, settings: str) -> None:
-    layout = [f"layout.{s}" for s in settings.split() if not s.startswith("microbatch")]
-    microbatch = next(s for s in settings.split() if s.startswith("microbatch"))
-    given = [f'{s.split("=")[0]}="{s.split("=")[1]}"' if s.split("=")[1].isalpha() else s for s in layout]
-    given = [s.replace('"false"', "false") for s in given]
+    microbatch, *layout = settings.split()
     sizes = ["model.layers=3", "layout.zero=0", f"train.{microbatch}", f"train.global_batch_tokens={2**16}"]
-    config = load(find_config(name), [*given, *sizes])
+    config = load(find_config(name), [*(f"layout.{setting}" for setting in layout), *sizes])
     job = job_of(config, ranks)
     (stage,) = dry_run(config, ranks).stages
     (step, *_) = stage.steps

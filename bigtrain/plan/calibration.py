@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.errors import UserError
+from bigtrain.plan.constants import Constants
+from bigtrain.plan.hardware import Cluster
 from bigtrain.plan.job import Job
+from bigtrain.plan.steptime import StepTime, time_of
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class Calibration:
             return Correction(_middle(same), len(same), True)
         like = self._of_software.get((gpu, job.software), ())
         return Correction(_middle(like) if like else 1.0, len(like), False)
+
+    def time(self, job: Job, cluster: Cluster, constants: Constants | None = None) -> StepTime:
+        """The planned step time of a job, corrected."""
+        step = time_of(job, cluster, constants)
+        factor = self.correction(job, cluster.gpu.name).time_factor
+        return step if factor == 1 else step.times(factor)
 
     def memory_offset(self, gpu: str) -> float:
         """Bytes, the median of the runs on this GPU; 0 without one."""

@@ -22,7 +22,7 @@ from bigtrain.plan.job import Job
 from bigtrain.plan.measuring import Step
 from bigtrain.plan.memory import layers_of_stages
 from bigtrain.plan.oplog import Compute, Item, Mark, Wait
-from bigtrain.plan.steptime import HOST_BYTES, Rates, latency, launches, link_rate, rates_of
+from bigtrain.plan.steptime import Rates, latency, launches, link_rate, rates_of
 from bigtrain.plan.traffic import Sent
 
 Parts = defaultdict[str, float]
@@ -73,8 +73,6 @@ class Charges:
 
     def compute(self, item: Compute) -> float:
         """Seconds of a kernel."""
-        if self.job.offload and is_update(item):
-            return item.bytes / HOST_BYTES
         traffic = item.bytes / self.rates.bandwidth
         if item.op == LOSS:
             return self._loss(item)

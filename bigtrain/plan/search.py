@@ -23,7 +23,7 @@ from bigtrain.plan.constants import Constants
 from bigtrain.plan.hardware import Cluster
 from bigtrain.plan.job import Job, job_of
 from bigtrain.plan.memory import memory_of
-from bigtrain.plan.steptime import PARTS, StepTime, time_of
+from bigtrain.plan.steptime import PARTS, StepTime
 
 MOST_CHUNKS = 8
 """Pieces of a pipeline rank that are tried; more would only send more messages for a smaller bubble."""
@@ -324,9 +324,7 @@ class _Asked:
 
     def time(self, job: Job) -> StepTime:
         """Of a step, corrected."""
-        step = time_of(job, self.cluster, self.constants)
-        factor = self.calibration.correction(job, self.cluster.gpu.name).time_factor
-        return step if factor == 1 else step.times(factor)
+        return self.calibration.time(job, self.cluster, self.constants)
 
 
 def _search(asked: _Asked, *, offload: bool) -> Found:
